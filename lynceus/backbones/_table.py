@@ -1,0 +1,28 @@
+"""The one table of families: family -> module. A family's module holds `VARIANTS: dict[str, Config]` and `build(config)`."""
+
+from __future__ import annotations
+
+import fnmatch
+from importlib import import_module
+from types import ModuleType
+
+FAMILIES: dict[str, str] = {
+    "convnext": "lynceus.backbones.convnext",
+    "resnet": "lynceus.backbones.resnet",
+    "swin": "lynceus.backbones.swin",
+    "vit": "lynceus.backbones.vit",
+}
+
+
+def family_module(family: str) -> ModuleType:
+    return import_module(FAMILIES[family])
+
+
+def variants() -> dict[str, str]:
+    """Every model name -> its family, sorted by name."""
+    names = {name: family for family in FAMILIES for name in family_module(family).VARIANTS}
+    return dict(sorted(names.items()))
+
+
+def matching(pattern: str) -> list[str]:
+    return [name for name in variants() if fnmatch.fnmatch(name, pattern)]
