@@ -1,8 +1,8 @@
-"""One small file per family: how its authors', timm's and torchvision's names and options become ours.
+"""One small file per family: how a parity record is rebuilt and compared.
 
 A family's file holds
 
-    SOURCES: dict[str, tuple[Rule, ...]]      # "authors", "timm", "torchvision" -> rules, foreign name -> ours
+    SOURCES                                    # re-exported from lynceus.backbones.keys.<family>: foreign names -> ours
     build(config: dict) -> nn.Module           # from a parity record's config (the authors' constructor names)
     compare(model, inputs, record) -> dict[str, Tensor]   # the record's named outputs, from our model
 
