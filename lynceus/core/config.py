@@ -39,14 +39,17 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
-    """The reverse of `to_dict`: builds `cls`, nested dataclasses and tuples included; unknown names are errors."""
+def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "", given: dict[str, Any] | None = None) -> T:
+    """The reverse of `to_dict`: builds `cls`, nested dataclasses and tuples included; unknown names are errors.
+
+    given: values that are taken as they are, unchecked."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise unknown(f"{where or cls.__name__} option", name, fields)
-    return cls(**{k: _cast(hints.get(k, Any), v, f"{where or cls.__name__}.{k}") for k, v in values.items()})
+    read = {k: _cast(hints.get(k, Any), v, f"{where or cls.__name__}.{k}") for k, v in values.items()}
+    return cls(**read, **(given or {}))
 
 
 def _cast(hint: Any, value: Any, where: str) -> Any:

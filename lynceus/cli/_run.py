@@ -1,0 +1,62 @@
+"""What verbs share: run folders, the printed report, the Python twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lynceus.core.errors import AdviceError
+
+if TYPE_CHECKING:
+    from lynceus.core.report import Report
+
+
+def run_folder(out: Path | None, verb: str, name: str, *, resume: bool = False) -> Path:
+    """`out`, or runs/<verb>/<name> with a number behind it when that is taken. Raises when it cannot be written."""
+    if out is None:
+        base = Path("runs") / verb / name
+        out, number = base, 2
+        while out.exists() and not resume:
+            out, number = base.with_name(f"{base.name}-{number}"), number + 1
+    if out.exists() and not out.is_dir():
+        raise AdviceError(f"--out {out} is a file; give a folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AdviceError(f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER.") from None
+    return out
+
+
+def show(report: Report, *, out: Path | None = None, twin: str = "", quiet: bool = False, command: list[str] | None = None) -> None:
+    """Prints the report's table, writes it to `out`, and ends with the Python twin."""
+    if command is not None:
+        report.environment.setdefault("command", "lynceus " + " ".join(command))
+    if twin:
+        report.environment.setdefault("python", twin)
+    if not quiet:
+        print(report.table())
+    if out is not None:
+        page = report.save(out)
+        print(f"\nreport: {page.resolve()}")
+    if twin and not quiet:
+        print(f"\nthe same in Python:\n\n{indent(twin)}")
+
+
+def indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.strip().splitlines())
+
+
+def call(name: str, *args: Any, **options: Any) -> str:
+    """Source text of a call; options equal to None are left out."""
+    parts = [a if isinstance(a, Code) else repr(a) for a in args]
+    parts += [f"{k}={v if isinstance(v, Code) else repr(v)}" for k, v in options.items() if v is not None]
+    return f"{name}({', '.join(parts)})"
+
+
+class Code(str):
+    """Text that `call` writes without quotes."""
+
+

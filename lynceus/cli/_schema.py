@@ -1,0 +1,208 @@
+"""One schema for Python, flags and YAML: the library's own dataclasses, read from their source so that help needs no torch.
+
+`skeleton("lynceus.train.fit:FitConfig")` is a plain dataclass with the same fields, defaults and help texts, made from
+the source text alone; `real(value)` turns an instance of it into the library's class. Where the text is not enough (a
+default computed at run time), the class itself is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+import lynceus
+from lynceus.core.config import dump_yaml, from_dict, load_yaml
+from lynceus.core.errors import AdviceError
+
+_NAMES: dict[str, Any] = {
+    "Any": Any,
+    "Callable": Callable,
+    "ClassVar": ClassVar,
+    "Iterable": Iterable,
+    "Literal": Literal,
+    "Path": Path,
+    "Sequence": Sequence,
+    "dataclass": dataclasses.dataclass,
+    "dataclasses": dataclasses,
+    "field": dataclasses.field,
+    "frozenset": frozenset,
+}
+
+
+def load(target: str) -> Any:
+    """The object that "package.module:Name" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def source_of(module: str) -> Path:
+    """The file of a module of the library, found without importing anything."""
+    base = Path(lynceus.__file__).parent.joinpath(*module.split(".")[1:])
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+@cache
+def _tree(module: str) -> tuple[ast.Module, list[str]]:
+    text = source_of(module).read_text(encoding="utf-8")
+    return ast.parse(text), text.splitlines()
+
+
+@cache
+def skeleton(target: str) -> type:
+    """A dataclass with the fields of `target`, made from its source; the class itself where the source is not enough."""
+    try:
+        return _from_source(target)
+    except (NameError, SyntaxError, ValueError, AttributeError, TypeError, LookupError):
+        return typing.cast(type, load(target))
+
+
+def _from_source(target: str) -> type:
+    module, _, name = target.partition(":")
+    tree, lines = _tree(module)
+    imported: dict[str, str] = {}
+    names = dict(_NAMES)
+    node: ast.ClassDef | None = None
+    for item in tree.body:
+        if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("lynceus."):
+            imported |= {a.asname or a.name: f"{item.module}:{a.name}" for a in item.names}
+        elif isinstance(item, ast.ClassDef) and item.name == name:
+            node = item
+        elif isinstance(item, ast.ClassDef):
+            imported[item.name] = f"{module}:{item.name}"
+        elif isinstance(item, ast.Assign) and len(item.targets) == 1 and isinstance(item.targets[0], ast.Name):
+            try:
+                names[item.targets[0].id] = eval(compile(ast.Expression(item.value), module, "eval"), dict(names))
+            except Exception:  # a constant that needs more than its text; only an error if a field uses it
+                continue
+    if node is None:
+        raise LookupError(target)
+    for other, path in imported.items():
+        if _mentions(node, other):
+            names[other] = _from_source(path)
+    helps = _helps(node, lines)
+    bases = tuple(eval(compile(ast.Expression(b), module, "eval"), names) for b in node.bases if not _is_protocol(b))
+    fields: list[tuple[str, Any, Any]] = []
+    for item in node.body:
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        hint = eval(compile(ast.Expression(item.annotation), module, "eval"), names)
+        if typing.get_origin(hint) is ClassVar or hint is ClassVar:
+            continue
+        text = helps.get(item.target.id)
+        if text:
+            hint = typing.Annotated[hint, tyro.conf.arg(help=text)]
+        if item.value is None:
+            fields.append((item.target.id, hint, dataclasses.field()))
+        else:
+            value = eval(compile(ast.Expression(item.value), module, "eval"), names)
+            if not isinstance(value, dataclasses.Field):
+                immutable = value.__class__.__hash__ is not None
+                value = dataclasses.field(default=value) if immutable else dataclasses.field(default_factory=lambda v=value: v)
+            fields.append((item.target.id, hint, value))
+    made = dataclasses.make_dataclass(name, fields, bases=bases, frozen=True, kw_only=True)
+    made.__doc__ = ast.get_docstring(node) or name
+    made.__lynceus__ = target  # type: ignore[attr-defined]
+    return made
+
+
+def _is_protocol(base: ast.expr) -> bool:
+    return isinstance(base, ast.Name) and base.id in {"Check", "Rewrite", "Task", "Protocol"}
+
+
+def _mentions(node: ast.ClassDef, name: str) -> bool:
+    wanted: list[ast.AST] = [*node.bases]
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign):
+            wanted += [item.annotation, *([item.value] if item.value else [])]
+    return any(isinstance(n, ast.Name) and n.id == name for w in wanted for n in ast.walk(w))
+
+
+def _helps(node: ast.ClassDef, lines: list[str]) -> dict[str, str]:
+    """Help per field: the comment behind it, or "name: text" in the docstring."""
+    names = [i.target.id for i in node.body if isinstance(i, ast.AnnAssign) and isinstance(i.target, ast.Name)]
+    out: dict[str, str] = {}
+    doc = ast.get_docstring(node) or ""
+    if names:
+        any_name = "|".join(map(re.escape, names))
+        head = rf"(?:^|(?<=[.;\n]))\s*((?:{any_name})(?:\s*[,/]\s*(?:{any_name}))*)\s*:\s+"
+        marks = list(re.finditer(head, doc))
+        for mark, after in zip(marks, [*marks[1:], None]):
+            text = doc[mark.end() : after.start() if after else len(doc)].split("\n\n")[0]
+            for name in re.split(r"\s*[,/]\s*", mark.group(1)):
+                out[name] = " ".join(text.split())
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            tail = lines[(item.end_lineno or item.lineno) - 1][item.end_col_offset or 0 :]
+            if "#" in tail:
+                out[item.target.id] = tail.split("#", 1)[1].strip()
+    return out
+
+
+def real(value: Any) -> Any:
+    """The library's own instance for an instance of a skeleton (nested ones included)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = {f.name: real(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        target = type(value).__dict__.get("__lynceus__")
+        return (load(target) if target else type(value))(**values)
+    if isinstance(value, tuple):
+        return tuple(real(v) for v in value)
+    return value
+
+
+def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -> Any:
+    """Flags over the YAML of --config over the defaults. --print-config writes the result as YAML and ends.
+
+    In YAML, nested names may be written nested or flat; an unknown one is an error that names the nearest."""
+    argv = list(argv)
+    path = _take(argv, "--config")
+    show = "--print-config" in argv
+    if show:
+        argv.remove("--print-config")
+    options = tyro.cli(
+        cls,
+        prog=prog,
+        description=(description or cls.__doc__ or "") + "\n\nAlso: --config FILE.yaml (defaults for all of these), --print-config.",
+        args=argv,
+        default=tyro.MISSING if path is None else _with_yaml(cls, load_yaml(path)),
+    )
+    if show:
+        print(dump_yaml(options), end="")
+        raise SystemExit(0)
+    return options
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == flag:
+            if i + 1 >= len(argv):
+                raise AdviceError(f"{flag} needs a file: {flag} run.yaml")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+        if arg.startswith(flag + "="):
+            del argv[i]
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
+    """An instance from YAML values; required fields that it does not give are left for the command line."""
+    hints = typing.get_type_hints(cls)
+    own = dataclasses.fields(cls)
+    homes = {f.name: {g.name for g in dataclasses.fields(hints[f.name])} for f in own if dataclasses.is_dataclass(hints[f.name])}
+    values = dict(values)
+    for name in [n for n in values if n not in {f.name for f in own}]:
+        inside = [home for home, names in homes.items() if name in names]
+        if len(inside) == 1:
+            values[inside[0]] = {**values.get(inside[0], {}), name: values.pop(name)}
+    required = [f.name for f in own if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    return from_dict(cls, values, given={n: tyro.MISSING for n in required if n not in values})
