@@ -1,0 +1,57 @@
+"""Multi-head self-attention over a sequence of tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lynceus.core.errors import AdviceError
+from lynceus.layers.fused import linear
+
+
+class Attention(nn.Module):
+    """Softmax attention of all tokens with all, scale (c / heads) ** -0.5; `qkv` packs [3, heads, c / heads].
+
+    qk_norm: LayerNorm of queries and keys per head. scale_norm: LayerNorm before `proj`. Both with `norm_eps`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        norm_eps: float = 1e-6,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise AdviceError(
+                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. dim={heads * max(dim // heads, 1)}."
+            )
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.attn_drop = attn_drop
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Float[Tensor, "b n c"], residual: Tensor | None = None) -> Float[Tensor, "b n c"]:
+        """residual: added to the result, inside the last kernel where that is possible."""
+        b, n, c = x.shape
+        qkv = linear(self.qkv, x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=drop)
+        x = self.norm(x.transpose(1, 2).reshape(b, n, c))
+        if self.training and self.proj_drop.p > 0:
+            x = self.proj_drop(self.proj(x))
+            return x if residual is None else residual + x
+        return linear(self.proj, x, residual=residual)

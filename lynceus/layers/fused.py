@@ -1,0 +1,70 @@
+"""Inference on a CPU without the extra passes over memory: bias, activation and residual sum inside the matrix product.
+
+oneDNN runs these as epilogues of its kernels (the operators torch's own compiler emits). They are taken only where nobody
+can notice: no gradients, no tracing or export, no autocast, no hooks on the layers in question, float32 or bfloat16 on a
+CPU. Everywhere else the same mathematics runs as ordinary modules. `torch.backends.mkldnn.flags(enabled=False)` turns
+them off.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+
+Activation = Literal["none", "relu", "gelu"]
+_PLAIN: dict[str, object] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+
+
+def _available() -> bool:
+    names = ("_linear_pointwise", "_convolution_pointwise", "_convolution_pointwise_")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, n) for n in names)
+
+
+AVAILABLE = _available()
+BFLOAT16 = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fusable(x: Tensor) -> bool:
+    """True when `x` may go through fused kernels: see the top of this file."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not AVAILABLE:
+        return False
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and (x.dtype == torch.float32 or (BFLOAT16 and x.dtype == torch.bfloat16))
+        and x.layout == torch.strided
+        and x.numel() > 0
+        and torch._C._get_mkldnn_enabled()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0  # e.g. a FLOP counter, which does not know these operators
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """True when somebody listens to one of these modules, so that it must really be called."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def plain_linear(layer: nn.Module, x: Tensor) -> bool:
+    """True for an ordinary nn.Linear of the dtype of `x`: no adapter, no parametrisation, no quantisation, no hook."""
+    return type(layer) is nn.Linear and layer.weight.dtype == x.dtype and layer.weight.is_cpu and not hooked(layer)
+
+
+def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
+    """activation(layer(x)), or layer(x) + residual (one or the other), in one kernel where that is allowed."""
+    if not (fusable(x) and plain_linear(layer, x)):
+        x = _PLAIN[activation](layer(x))  # type: ignore[operator]
+        return x if residual is None else residual + x
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], "none")

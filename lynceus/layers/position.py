@@ -1,0 +1,45 @@
+"""Learned position tables that follow the image: resized to whatever grid of patches there is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def resize_position(
+    table: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0
+) -> Float[Tensor, "1 m d"]:
+    """The table (1, prefix + oh*ow, d) for a grid `new`: bicubic with antialias in float32, the `prefix` rows kept.
+
+    The same table comes back when nothing changes. Under export, where the grid is free, the resize is two products with
+    matrices made on the spot, which every runtime computes alike.
+    """
+    exporting = torch.compiler.is_exporting()
+    if not exporting and tuple(new) == tuple(old):
+        return table
+    head, grid = table[:, :prefix], table[:, prefix:]
+    grid = grid.reshape(1, old[0], old[1], -1).float()
+    if exporting:
+        rows, columns = (cubic_matrix(o, n, device=table.device) for o, n in zip(old, new))
+        grid = torch.einsum("Hh,bhwd->bHwd", rows, grid)
+        grid = torch.einsum("Ww,bhwd->bhWd", columns, grid)
+    else:
+        grid = F.interpolate(
+            grid.permute(0, 3, 1, 2), new, mode="bicubic", antialias=True, align_corners=False
+        ).permute(0, 2, 3, 1)
+    grid = grid.reshape(1, new[0] * new[1], table.shape[-1]).to(table.dtype)
+    return torch.cat([head, grid], dim=1)
+
+
+def cubic_matrix(old: int, new: int, *, device: torch.device | None = None) -> Float[Tensor, "new old"]:
+    """The matrix that resizes a line of `old` samples to `new`: cubic convolution (a = -0.5), widened when shrinking."""
+    step = old / new
+    width = torch.sym_max(step, 1.0)
+    centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * step
+    t = ((torch.arange(old, device=device, dtype=torch.float32) + 0.5 - centre[:, None]) / width).abs()
+    near = (1.5 * t - 2.5) * t * t + 1.0
+    far = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
+    weight = torch.where(t < 1.0, near, torch.where(t < 2.0, far, torch.zeros_like(t)))
+    return weight / weight.sum(dim=1, keepdim=True)
