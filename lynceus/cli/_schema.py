@@ -21,7 +21,7 @@ import tyro
 
 import lynceus
 from lynceus.core.config import dump_yaml, from_dict, load_yaml
-from lynceus.core.errors import AdviceError
+from lynceus.core.errors import AdviceError, unknown
 
 _NAMES: dict[str, Any] = {
     "Any": Any,
@@ -172,7 +172,7 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -
         prog=prog,
         description=(description or cls.__doc__ or "") + "\n\nAlso: --config FILE.yaml (defaults for all of these), --print-config.",
         args=argv,
-        default=tyro.MISSING if path is None else _with_yaml(cls, load_yaml(path)),
+        default=tyro.MISSING_NONPROP if path is None else _with_yaml(cls, load_yaml(path)),
     )
     if show:
         print(dump_yaml(options), end="")
@@ -205,4 +205,27 @@ def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
         if len(inside) == 1:
             values[inside[0]] = {**values.get(inside[0], {}), name: values.pop(name)}
     required = [f.name for f in own if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    return from_dict(cls, values, given={n: tyro.MISSING for n in required if n not in values})
+    return from_dict(cls, values, where="configuration", given={n: tyro.MISSING for n in required if n not in values})
+
+
+def with_options(base: type, **nested: str) -> type:
+    """`base` plus one field per nested configuration, whose flags carry no prefix: with_options(Options, fit="module:Class")."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, target in nested.items():
+        made = skeleton(target)
+        fields.append((name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default_factory=made)))
+    out = dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True, kw_only=True)
+    out.__doc__ = base.__doc__
+    return out
+
+
+def one_of(kind: str, table: dict[str, tuple[str, str]], argv: Sequence[str], *, usage: str) -> tuple[str | None, list[str]]:
+    """Takes the leading NAME of `lynceus check NAME ...` off argv; (None, []) after printing the list for --help."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, table))
+        rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in table.items())
+        print(f"usage: {usage}\n\n{rows}\n\nOptions of one: {usage.split(' NAME')[0]} NAME --help")
+        return None, []
+    if argv[0] not in table:
+        raise unknown(kind, argv[0], table, how=f"{usage.split(' NAME')[0]} --help lists all.")
+    return argv[0], list(argv[1:])

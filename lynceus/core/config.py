@@ -47,7 +47,7 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "", given: d
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            raise unknown(f"{where or cls.__name__} option", name, fields)
+            raise unknown(f"option in {where}" if where else f"{cls.__name__} option", name, fields)
     read = {k: _cast(hints.get(k, Any), v, f"{where or cls.__name__}.{k}") for k, v in values.items()}
     return cls(**read, **(given or {}))
 

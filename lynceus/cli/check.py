@@ -1,0 +1,68 @@
+"""`lynceus check NAME MODEL DATA`: one check of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lynceus.cli._models import open_model, twin_of
+from lynceus.cli._run import show
+from lynceus.cli._schema import one_of, parse, real, with_options
+
+# name -> (class, one line)
+CHECKS: dict[str, tuple[str, str]] = {
+    "accuracy": ("lynceus.train.evaluate:Evaluate", "accuracy, calibration and confusion of a trained classifier"),
+    "knn": ("lynceus.gauntlet.probes:KNN", "nearest neighbours on frozen features"),
+    "svm": ("lynceus.gauntlet.probes:LinearSVM", "linear SVM on frozen features"),
+    "logistic": ("lynceus.gauntlet.probes:Logistic", "logistic regression on frozen features"),
+    "linear": ("lynceus.gauntlet.probes:LinearProbe", "batch-normalised linear probe on frozen features"),
+    "fewshot": ("lynceus.gauntlet.probes:FewShot", "a few labels per class on frozen features"),
+    "retrieval": ("lynceus.gauntlet.retrieval:Retrieval", "finding the same picture or class by frozen features"),
+    "shift": ("lynceus.trust.shift:ShiftConsistency", "does the answer change when the camera moves by a pixel?"),
+    "scaling": ("lynceus.gauntlet.scaling:DataScaling", "how accuracy grows with data, and what more data would bring"),
+    "cost": ("lynceus.core.cost:CostCheck", "parameters, multiply-adds, memory, latency"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One check of one model on one data set."""
+
+    model: Positional[str]  # a name of `lynceus models`, timm:NAME, or the run folder of a trained model
+    data: Positional[str] = "digits"  # digits, a folder, a .parquet, .csv or .json file
+    split: str | None = None  # train, val or test, where the source has them
+    limit: int | None = None  # look at this many images, spread evenly
+    size: int | None = None  # side that images are resized to before the model; default: as they are
+    weights: Path | None = None  # checkpoint for a model given by name
+    seed: int = 0  # of every random choice
+    out: Path | None = None  # folder for report.html and report.json
+
+
+def main(argv: Sequence[str]) -> int:
+    name, rest = one_of("check", CHECKS, argv, usage="lynceus check NAME MODEL DATA [options]")
+    if name is None:
+        return 0
+    target = CHECKS[name][0]
+    options = parse(with_options(Options, check=target), rest, prog=f"lynceus check {name}", description=CHECKS[name][1])
+    import lynceus.data
+    from lynceus.core.subject import Subject
+
+    dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
+    check = real(options.check)
+    classes = len(dataset.classes) if dataset.classes else None
+    model = open_model(options.model, weights=options.weights, num_classes=classes)
+    report = check(Subject(model, size=options.size), dataset, seed=options.seed)
+    line, expression = twin_of(options.model, weights=options.weights, num_classes=classes)
+    module, kind = target.split(":")
+    more = "".join(f", {k}={v!r}" for k, v in (("split", options.split), ("limit", options.limit)) if v is not None)
+    size = f", size={options.size}" if options.size else ""
+    twin = (
+        f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n"
+        f"data = lynceus.data.open({options.data!r}{more})\n"
+        f"report = {check!r}(Subject({expression}{size}), data, seed={options.seed})\nprint(report.table())"
+    )
+    show(report, out=options.out, twin=twin)
+    return 0
