@@ -1,0 +1,476 @@
+"""Dataset: pictures and whatever is known about them, behind one face whatever the format on disk.
+
+A `Source` knows where the pictures are and how one is read; a `Dataset` is a choice of its rows with labels that are
+known without decoding anything. Subsets and splits share the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.report import Report
+from lynceus.core.rng import numpy_generator
+from lynceus.core.types import Batch, Sample, collate
+from lynceus.data.decode import UnreadableError, read_image
+
+log = logging.getLogger("lynceus.data")
+
+
+class Source(Protocol):
+    """Where pictures come from. Rows are 0 .. len - 1; `read` raises UnreadableError, the others never decode."""
+
+    @property
+    def rich(self) -> bool: ...  # whether `target` ever gives anything
+
+    def __len__(self) -> int: ...
+    def read(self, row: int) -> UInt8[Tensor, "3 h w"]: ...
+    def raw(self, row: int) -> bytes: ...  # the bytes as stored, for hashes
+    def id(self, row: int) -> str: ...
+    def path(self, row: int) -> str | None: ...
+    def target(self, row: int) -> dict[str, Any]: ...  # fields of Sample besides image, label, id and path
+    def stamp(self, row: int) -> str: ...  # a cheap mark of the content, the same on every machine
+
+
+class Files:
+    """Picture files under one root. names: paths relative to it, with slashes. targets: Sample fields by row."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        *,
+        sizes: Sequence[int] | None = None,
+        targets: Sequence[dict[str, Any]] | None = None,
+    ):
+        self.root, self.names, self.sizes, self.targets = str(root), names, sizes, targets
+
+    @property
+    def rich(self) -> bool:
+        return self.targets is not None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, row: int) -> Tensor:
+        return read_image(self.path(row))
+
+    def raw(self, row: int) -> bytes:
+        return Path(self.path(row)).read_bytes()
+
+    def id(self, row: int) -> str:
+        return self.names[row]
+
+    def path(self, row: int) -> str:
+        name = self.names[row]
+        return name if name.startswith("/") else f"{self.root}/{name}"
+
+    def target(self, row: int) -> dict[str, Any]:
+        return dict(self.targets[row]) if self.targets is not None else {}
+
+    def stamp(self, row: int) -> str:
+        size = self.sizes[row] if self.sizes is not None else Path(self.path(row)).stat().st_size
+        return f"{self.names[row]}:{size}"
+
+
+class Blobs:
+    """Encoded pictures in memory or in an arrow column: anything indexable that gives bytes."""
+
+    def __init__(self, blobs: Any, ids: Sequence[str], *, where: str, targets: Sequence[dict[str, Any]] | None = None):
+        self.blobs, self.ids, self.where, self.targets = blobs, ids, where, targets
+
+    @property
+    def rich(self) -> bool:
+        return self.targets is not None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def raw(self, row: int) -> bytes:
+        value = self.blobs[row]
+        value = value.as_py() if hasattr(value, "as_py") else value
+        if value is None:
+            raise UnreadableError(f"{self.where}, row {row}", "there is neither a picture nor a path in it")
+        return value
+
+    def read(self, row: int) -> Tensor:
+        return read_image(self.raw(row), name=f"{self.where}, {self.ids[row]}")
+
+    def id(self, row: int) -> str:
+        return self.ids[row]
+
+    def path(self, row: int) -> str | None:
+        return None
+
+    def target(self, row: int) -> dict[str, Any]:
+        return dict(self.targets[row]) if self.targets is not None else {}
+
+    def stamp(self, row: int) -> str:
+        return hashlib.blake2b(self.raw(row), digest_size=8).hexdigest()
+
+
+class Pixels:
+    """Pictures that are one uint8 tensor (n, 3, h, w) already."""
+
+    def __init__(
+        self, images: Tensor, *, ids: Sequence[str] | None = None, targets: Sequence[dict[str, Any]] | None = None
+    ):
+        self.images, self.ids, self.targets = images, ids, targets
+
+    @property
+    def rich(self) -> bool:
+        return self.targets is not None
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def read(self, row: int) -> Tensor:
+        return self.images[row]
+
+    def raw(self, row: int) -> bytes:
+        return self.images[row].numpy().tobytes()
+
+    def id(self, row: int) -> str:
+        return self.ids[row] if self.ids is not None else str(row)
+
+    def path(self, row: int) -> str | None:
+        return None
+
+    def target(self, row: int) -> dict[str, Any]:
+        return dict(self.targets[row]) if self.targets is not None else {}
+
+    def stamp(self, row: int) -> str:
+        return hashlib.blake2b(self.raw(row), digest_size=8).hexdigest()
+
+
+class Dataset(torch.utils.data.Dataset):
+    """Pictures with labels known without decoding; index it for a `Sample`, or look at `images` when they are in memory.
+
+    name: short, for tables. origin: the full path, or what else it was made of. classes: names by index.
+    labels: (n,) int64, -1 for none, or None when nothing is labelled. multilabels: (n, k) uint8 when a picture may have
+    several classes (`Sample.label` is then a multi-hot tensor). splits: the split of each row when the format names them.
+    unreadable: id -> why, of every picture that was skipped so far. notes: what the reader should tell the user.
+    inverse: class index -> the id that the format on disk uses for it, when that differs.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        name: str,
+        origin: str = "",
+        classes: Sequence[str] | None = None,
+        labels: Any = None,
+        multilabels: Any = None,
+        splits: Any = None,
+        max_bad: float = 0.05,
+        layout: str = "",
+        notes: Sequence[str] = (),
+        inverse: Mapping[int, Any] | None = None,
+        rows: Any = None,
+    ):
+        n = len(source)
+        self.source, self.name, self.origin, self.layout = source, name, origin or name, layout
+        self.classes = list(classes) if classes is not None else None
+        self.inverse = dict(inverse) if inverse is not None else None
+        self.notes = list(notes)
+        self.max_bad = max_bad
+        self.unreadable: dict[str, str] = {}
+        self._rows = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64)
+        self._labels = None if labels is None else np.ascontiguousarray(labels, dtype=np.int64)
+        self._multi = None if multilabels is None else np.ascontiguousarray(multilabels, dtype=np.uint8)
+        self._splits = None if splits is None else np.asarray(splits, dtype=object)
+        self._images: Tensor | None = source.images if isinstance(source, Pixels) else None
+        self._chosen: Tensor | None = None
+        self.labels: np.ndarray | None = None if self._labels is None else self._labels[self._rows]
+        for label, values in (("labels", self._labels), ("multilabels", self._multi), ("splits", self._splits)):
+            if values is not None and len(values) != n:
+                raise AdviceError(f"{name}: {len(values)} {label} for {n} pictures; there must be one for each.")
+
+    # reading ------------------------------------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`. Raises UnreadableError, which names the file, when its picture cannot be decoded."""
+        n = len(self._rows)
+        if not -n <= index < n:
+            raise IndexError(f"{self.name} has {n} samples; there is no index {index}")
+        return self._sample(int(self._rows[index]), self._image(int(self._rows[index])))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples at `indices` without those that cannot be read; these are counted in `unreadable`.
+
+        Raises AdviceError once more pictures were unreadable than `max_bad` allows.
+        """
+        out = []
+        for index in indices:
+            try:
+                out.append(self[int(index)])
+            except UnreadableError as error:
+                self.skip(error, index=int(index))
+        return out
+
+    def _image(self, row: int) -> Tensor:
+        return self._images[row] if self._images is not None else self.source.read(row)
+
+    def _sample(self, row: int, image: Tensor) -> Sample:
+        label: int | Tensor | None = None
+        if self._multi is not None:
+            label = torch.from_numpy(self._multi[row].astype(np.float32))
+        elif self._labels is not None and self._labels[row] >= 0:
+            label = int(self._labels[row])
+        return Sample(
+            image=image, label=label, id=self.source.id(row), path=self.source.path(row), **self.source.target(row)
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the pictures are in memory and nothing but labels is known about them, so that `batch` is quick."""
+        return self._images is not None and not self.source.rich
+
+    def batch(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
+        """The samples at `indices` as one Batch, by indexing when the pictures are in memory."""
+        if not self.plain:
+            return collate(self.__getitems__([int(i) for i in indices]))
+        rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        image = self._images[torch.from_numpy(rows)]
+        label = None
+        if self._multi is not None:
+            label = torch.from_numpy(self._multi[rows].astype(np.float32))
+        elif self._labels is not None:
+            label = torch.from_numpy(self._labels[rows])
+        sizes = [(int(image.shape[-2]), int(image.shape[-1]))] * len(rows)
+        ids = [self.source.id(int(r)) for r in rows]
+        return Batch(image=image, sizes=sizes, label=label, ids=ids, extra=[{} for _ in rows])
+
+    def skip(self, error: UnreadableError, *, index: int | None = None) -> None:
+        """Notes one unreadable picture; raises AdviceError when there are more of them than `max_bad` allows."""
+        key = self.id(index) if index is not None else error.where
+        if key not in self.unreadable:
+            self.unreadable[key] = error.why
+            log.warning("skipped %s: %s", error.where, error.why)
+        allowed = self.bad_allowed()
+        if len(self.unreadable) > allowed:
+            first = "; ".join(f"{k} ({why})" for k, why in list(self.unreadable.items())[:5])
+            raise AdviceError(
+                f"{len(self.unreadable)} of {len(self.source)} pictures in {self.origin} cannot be read, more than the "
+                f"{allowed} allowed: {first}. Mend or delete them, or allow more with max_bad={len(self.unreadable) * 2}."
+            )
+
+    def bad_allowed(self) -> int:
+        """How many pictures may be unreadable: `max_bad` itself, or that share of all (at least one) when below 1."""
+        return max(1, int(self.max_bad * len(self.source))) if 0 < self.max_bad < 1 else int(self.max_bad)
+
+    # what is known without decoding -------------------------------------------------------------------------------
+    @property
+    def images(self) -> UInt8[Tensor, "n 3 h w"] | None:
+        """All pictures as one tensor when they are held in memory, else None."""
+        if self._images is None:
+            return None
+        if self._chosen is None:
+            whole = len(self._rows) == len(self._images) and np.array_equal(self._rows, np.arange(len(self._images)))
+            self._chosen = self._images if whole else self._images[torch.from_numpy(self._rows)]
+        return self._chosen
+
+    @property
+    def multilabels(self) -> np.ndarray | None:
+        return None if self._multi is None else self._multi[self._rows]
+
+    @property
+    def splits(self) -> np.ndarray | None:
+        return None if self._splits is None else self._splits[self._rows]
+
+    def id(self, index: int) -> str:
+        return self.source.id(int(self._rows[index]))
+
+    def path(self, index: int) -> str | None:
+        return self.source.path(int(self._rows[index]))
+
+    def target(self, index: int) -> dict[str, Any]:
+        """Boxes, classes, masks and the like of one sample, without its picture."""
+        return self.source.target(int(self._rows[index]))
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of one picture as stored."""
+        return self.source.raw(int(self._rows[index]))
+
+    def counts(self) -> dict[str, int]:
+        """Samples per class name, in the order of the classes; "(no label)" last when there are any."""
+        if self.labels is None and self._multi is None:
+            return {}
+        names = self.classes or [str(i) for i in range(int(self.labels.max(initial=-1)) + 1)]
+        if self._multi is not None:
+            return dict(zip(names, (int(v) for v in self.multilabels.sum(0))))
+        out = dict(zip(names, np.bincount(self.labels[self.labels >= 0], minlength=len(names)).tolist()))
+        none = int((self.labels < 0).sum())
+        return out | ({"(no label)": none} if none else {})
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self):,} pictures"]
+        if self.classes is not None:
+            shown = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+            parts.append(f"{len(self.classes)} classes ({shown})")
+        if self.splits is not None:
+            names, count = np.unique(self.splits.astype(str), return_counts=True)
+            parts.append("splits " + ", ".join(f"{k} {v:,}" for k, v in zip(names, count)))
+        if self._images is not None:
+            parts.append("in memory")
+        return f"Dataset({self.name!r}: {'; '.join(parts)}; from {self.origin})"
+
+    # choosing -----------------------------------------------------------------------------------------------------
+    def subset(self, indices: Any) -> Dataset:
+        """The samples at `indices` (integers or a boolean mask), in that order."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if len(chosen) != len(self):
+                raise AdviceError(f"A mask of {len(chosen)} entries cannot choose among {len(self)} samples.")
+            chosen = np.flatnonzero(chosen)
+        out = Dataset.__new__(Dataset)
+        out.__dict__ = dict(self.__dict__)
+        out._rows = self._rows[chosen.astype(np.int64)]
+        out._chosen = None
+        out.labels = None if self._labels is None else self._labels[out._rows]
+        return out
+
+    def part(self, split: str) -> Dataset:
+        """The samples of one split that the format names, e.g. "train". "test" and "val" stand for each other if alone."""
+        if self.splits is None:
+            raise AdviceError(
+                f"{self.origin} has no splits of its own. Make them: train, test = dataset.split(0.8, 0.2)."
+            )
+        names = sorted({str(s) for s in self.splits})
+        wanted = split
+        if split not in names:
+            groups = ({"val", "valid", "validation", "dev"}, {"test", "testing"}, {"train", "training"})
+            alike = [n for g in groups if split in g for n in names if n in g]
+            held_out = [n for n in names if n in groups[0] | groups[1]] if split in groups[0] | groups[1] else []
+            if len(alike) != 1 and len(held_out) != 1:
+                raise unknown("split", split, names, how=f"({self.origin})")
+            wanted = (alike or held_out)[0]
+        return self.subset(self.splits == wanted)
+
+    def split(self, *fractions: float, seed: int = 0) -> tuple[Dataset, ...]:
+        """Disjoint parts of the given shares, each class divided alike; what the shares leave becomes one more part.
+
+        The same seed gives the same parts. A class of at least as many samples as parts is in every part.
+        """
+        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-6:
+            raise AdviceError(f"Shares must be positive and sum to at most 1, e.g. split(0.8, 0.2); got {fractions}.")
+        shares = [*fractions] if sum(fractions) > 1 - 1e-6 else [*fractions, 1 - sum(fractions)]
+        strata = self.labels if self.labels is not None else np.zeros(len(self), dtype=np.int64)
+        rng = numpy_generator(seed, "split")
+        parts: list[list[np.ndarray]] = [[] for _ in shares]
+        cuts = np.cumsum(shares)[:-1]
+        for value in np.unique(strata):
+            members = rng.permutation(np.flatnonzero(strata == value))
+            at = np.rint(cuts * len(members)).astype(int)
+            if len(members) >= len(shares):
+                at = np.clip(at, np.arange(1, len(shares)), len(members) - np.arange(len(shares) - 1, 0, -1))
+            for part, piece in zip(parts, np.split(members, at)):
+                part.append(piece)
+        return tuple(self.subset(np.sort(np.concatenate(p)) if p else []) for p in parts)
+
+    def train_test(self, share: float = 0.2, *, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """What to train on and what to test on: the format's own splits when it names them, else a stratified `split`."""
+        if self.splits is not None:
+            names = {str(s) for s in self.splits}
+            train = [n for n in ("train", "training") if n in names]
+            held = [n for n in ("val", "valid", "validation", "dev", "test", "testing") if n in names]
+            if train and held:
+                return self.part(train[0]), self.part(held[0])
+        train_part, test_part = self.split(1 - share, share, seed=seed)
+        return train_part, test_part
+
+    def take(self, limit: int, *, seed: int = 0) -> Dataset:
+        """At most `limit` samples, each class thinned alike, in their old order."""
+        if limit < 1:
+            raise AdviceError(f"limit must be at least 1; got {limit}.")
+        if limit >= len(self):
+            return self
+        strata = self.labels if self.labels is not None else np.zeros(len(self), dtype=np.int64)
+        order = numpy_generator(seed, "take").permutation(len(self))
+        rank = np.empty(len(self))
+        for value in np.unique(strata):
+            members = order[strata[order] == value]
+            rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+        return self.subset(np.sort(np.argsort(rank, kind="stable")[:limit]))
+
+    def hold(self, images: UInt8[Tensor, "n 3 h w"]) -> Dataset:
+        """The same samples with these pictures in memory, one per sample."""
+        if len(images) != len(self):
+            raise AdviceError(f"{len(images)} pictures for {len(self)} samples; there must be one for each.")
+        out = self.subset(np.arange(len(self)))
+        out.source = Chosen(self.source, self._rows)
+        out._labels = self.labels
+        out._multi, out._splits = self.multilabels, self.splits
+        out._rows = np.arange(len(self))
+        out._images = images
+        return out
+
+    # looking ------------------------------------------------------------------------------------------------------
+    def fingerprint(self, *, content: bool = False) -> str:
+        """A hash of which samples these are: ids and file sizes (the pixels when in memory), labels, classes, order.
+
+        content: hash the bytes of every picture instead of its size.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((len(self), self.classes)).encode())
+        for values in (self.labels, self.multilabels):
+            digest.update(b"-" if values is None else values.tobytes())
+        if self._images is not None:
+            digest.update(repr(tuple(self._images.shape[1:])).encode())
+            digest.update(self.images.numpy().tobytes())
+        elif content:
+            for row in self._rows:
+                digest.update(hashlib.blake2b(self.source.raw(int(row)), digest_size=16).digest())
+        else:
+            digest.update("\n".join(self.source.stamp(int(row)) for row in self._rows).encode())
+        return digest.hexdigest()
+
+    def check(self, *, strict: bool = False, decode: bool = True) -> Report:
+        """Counts per split and class, and every problem found. See `lynceus.data.checks.check`."""
+        from lynceus.data.checks import check
+
+        return check(self, strict=strict, decode=decode)
+
+
+class Chosen:
+    """Some rows of another source."""
+
+    def __init__(self, source: Source, rows: np.ndarray):
+        self.source, self.rows = source, rows
+
+    @property
+    def rich(self) -> bool:
+        return self.source.rich
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> Tensor:
+        return self.source.read(int(self.rows[row]))
+
+    def raw(self, row: int) -> bytes:
+        return self.source.raw(int(self.rows[row]))
+
+    def id(self, row: int) -> str:
+        return self.source.id(int(self.rows[row]))
+
+    def path(self, row: int) -> str | None:
+        return self.source.path(int(self.rows[row]))
+
+    def target(self, row: int) -> dict[str, Any]:
+        return self.source.target(int(self.rows[row]))
+
+    def stamp(self, row: int) -> str:
+        return self.source.stamp(int(self.rows[row]))
