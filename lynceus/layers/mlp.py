@@ -5,7 +5,12 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lynceus.layers.fused import linear
+from lynceus.layers.fused import fusable, hooked, linear, plain_linear
+
+LARGEST, PIECE = (
+    2**25,
+    2**22,
+)  # bytes of the hidden layer: above the first, inference on a CPU goes in pieces of the second
 
 
 class Mlp(nn.Module):
@@ -33,7 +38,26 @@ class Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch c"], residual: Tensor | None = None) -> Float[Tensor, "*batch d"]:
         """residual: added to the result, inside the last kernel where that is possible."""
-        if type(self.act) is nn.GELU and self.act.approximate == "none" and not self.act._forward_hooks:
+        rows = x.numel() // x.shape[-1] if fusable(x) else 0
+        if rows * self.fc1.out_features * x.element_size() > LARGEST and self._plain(x):
+            return self._in_pieces(x, residual, rows)
+        return self._whole(x, residual)
+
+    def _plain(self, x: Tensor) -> bool:
+        parts = (self.act, self.drop, self.norm)
+        return not self.training and plain_linear(self.fc1, x) and plain_linear(self.fc2, x) and not hooked(*parts)
+
+    def _in_pieces(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
+        """The same, some thousand rows at a time: the hidden layer stays in the cache instead of costing new pages."""
+        out = x.new_empty(rows, self.fc2.out_features)
+        count = max(PIECE // (self.fc1.out_features * x.element_size()), 1)
+        added = [None] * -(-rows // count) if residual is None else residual.reshape(out.shape).split(count)
+        for piece, add, place in zip(x.reshape(rows, -1).split(count), added, out.split(count)):
+            place.copy_(self._whole(piece, add))
+        return out.view(*x.shape[:-1], -1)
+
+    def _whole(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if type(self.act) is nn.GELU and self.act.approximate == "none" and not hooked(self.act):
             x = linear(self.fc1, x, activation="gelu")
         else:
             x = self.act(self.fc1(x))
