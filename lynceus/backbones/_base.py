@@ -75,6 +75,17 @@ class Backbone(nn.Module):
         maps = self.forward_stages(image)
         return maps[-1], maps
 
+    def stages_up_to(self, image: Float[Tensor, "b c h w"], last: int) -> list[Float[Tensor, "b ci hi wi"]]:
+        """The maps of levels 0 to `last`; a family that can stops computing there."""
+        return self.forward_stages(image)[: last + 1]
+
+    def norm_level(self, x: Float[Tensor, "b c h w"], index: int) -> Float[Tensor, "b c h w"]:
+        """The map of a level through the final norm, for families whose maps are taken before it. Default: as it is."""
+        return x
+
+    def keep_levels(self, count: int, *, norm: bool) -> None:
+        """Cuts what only the levels from `count` on need, and the final norm if `norm`; default: keeps everything."""
+
     # timm's contract, derived --------------------------------------------------------------------
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled vector (pre_logits) or logits (b, num_classes) of `forward_features`' output."""
@@ -98,12 +109,21 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """(features, maps) or the maps alone. indices: levels to give (an int: that many last ones; None: all)."""
+        """(features, maps) or the maps alone, in the order of `indices`.
+
+        indices: levels to give (an int: that many last ones; None: all). norm: maps through the final norm, where a
+        family has one behind its maps. stop_early: nothing behind the last level asked for is computed, and features is
+        its map.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
             raise AdviceError(f"output_fmt is 'NCHW' or 'NHWC', not {output_fmt!r}.")
         take = self.take_indices(indices)
-        features, maps = self.features_and_stages(image)
-        maps = [maps[i] for i in take]
+        if stop_early:
+            maps = self.stages_up_to(image, max(take))
+            features = maps[-1]
+        else:
+            features, maps = self.features_and_stages(image)
+        maps = [self.norm_level(maps[i], i) if norm else maps[i] for i in take]
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
         return maps if intermediates_only else (features, maps)
@@ -123,15 +143,22 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the classifier (a pyramid needs none) and returns the level numbers."""
+        """Drops the classifier and what lies behind the last level asked for; returns the level numbers.
+
+        prune_norm: the final norm goes too. A network cut before its last level gives maps, no logits.
+        """
         take = self.take_indices(indices)
+        self.keep_levels(max(take) + 1, norm=prune_norm)
         if prune_head:
             self.reset_classifier(0)
         return take
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        return [{"num_chs": s.channels, "reduction": s.stride, "module": s.name, "index": i} for i, s in enumerate(self.stages)]
+        return [
+            {"num_chs": s.channels, "reduction": s.stride, "module": s.name, "index": i}
+            for i, s in enumerate(self.stages)
+        ]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -160,18 +187,20 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier with `num_classes` outputs (0: none, forward gives the pooled vector)."""
-        old = self.get_classifier()
-        head: nn.Module = nn.Identity()
-        if num_classes > 0:
-            like = next(self.parameters())
-            head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-            head.train(old.training)
         parent, _, leaf = self.head_name.rpartition(".")
-        setattr(self.get_submodule(parent), leaf, head)
+        setattr(self.get_submodule(parent), leaf, self.new_classifier(num_classes))
         self.num_classes = num_classes
         self.config = replace(self.config, num_classes=num_classes)
+
+    def new_classifier(self, num_classes: int) -> nn.Module:
+        """A freshly initialised classifier on this model's device, in its dtype and mode."""
+        if num_classes <= 0:
+            return nn.Identity()
+        like = next(self.parameters())
+        head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

@@ -31,9 +31,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise AdviceError(
-                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. dim={heads * max(dim // heads, 1)}."
-            )
+            good = heads * max(dim // heads, 1)
+            raise AdviceError(f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. dim={good}.")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()

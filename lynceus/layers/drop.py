@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al., ECCV 2016, arXiv 1603.09382): a residual branch is left out per sample in training."""
+"""Stochastic depth (Huang et al., ECCV 2016, arXiv 1603.09382): training leaves a residual branch out per sample."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from lynceus.core.shapes import pad_image
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one convolution `proj`, as a map of tokens (b, H, W, c).
 
-    Any image size: zero-padded right and bottom to a multiple of the patch. norm_eps: given, a LayerNorm `norm` follows.
+    Any image size: zero-padded right and bottom to a multiple of the patch.
+    norm_eps: given, a LayerNorm `norm` of that eps follows.
     """
 
     def __init__(self, in_chans: int, dim: int, patch: int, *, bias: bool = True, norm_eps: float | None = None):

@@ -1,9 +1,9 @@
-"""Inference on a CPU without the extra passes over memory: bias, activation and residual sum inside the matrix product.
+"""Inference on a CPU with fewer passes over memory: bias, activation and residual sum inside the matrix product.
 
-oneDNN runs these as epilogues of its kernels (the operators torch's own compiler emits). They are taken only where nobody
-can notice: no gradients, no tracing or export, no autocast, no hooks on the layers in question, float32 or bfloat16 on a
-CPU. Everywhere else the same mathematics runs as ordinary modules. `torch.backends.mkldnn.flags(enabled=False)` turns
-them off.
+oneDNN runs these as epilogues of its kernels (the operators torch's own compiler emits). They are taken only where
+nobody can notice: no gradients, no tracing or export, no autocast, no hooks on the layers in question, float32 or
+bfloat16 on a CPU. Everywhere else the same mathematics runs as ordinary modules.
+`torch.backends.mkldnn.flags(enabled=False)` turns them off.
 """
 
 from __future__ import annotations

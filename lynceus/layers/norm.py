@@ -1,4 +1,4 @@
-"""Normalisation and scaling: LayerNorm over the channels of a map, and layer scale (CaiT, ICCV 2021, arXiv 2103.17239)."""
+"""LayerNorm over the channels of a map, and layer scale (CaiT, ICCV 2021, arXiv 2103.17239)."""
 
 from __future__ import annotations
 

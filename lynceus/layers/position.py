@@ -13,8 +13,8 @@ def resize_position(
 ) -> Float[Tensor, "1 m d"]:
     """The table (1, prefix + oh*ow, d) for a grid `new`: bicubic with antialias in float32, the `prefix` rows kept.
 
-    The same table comes back when nothing changes. Under export, where the grid is free, the resize is two products with
-    matrices made on the spot, which every runtime computes alike.
+    The same table comes back when nothing changes. Under export, where the grid is free, the resize is two products
+    with matrices made on the spot, which every runtime computes alike.
     """
     exporting = torch.compiler.is_exporting()
     if not exporting and tuple(new) == tuple(old):
@@ -34,7 +34,7 @@ def resize_position(
 
 
 def cubic_matrix(old: int, new: int, *, device: torch.device | None = None) -> Float[Tensor, "new old"]:
-    """The matrix that resizes a line of `old` samples to `new`: cubic convolution (a = -0.5), widened when shrinking."""
+    """Resizes a line of `old` samples to `new` by product: cubic convolution (a = -0.5), widened when shrinking."""
     step = old / new
     width = torch.sym_max(step, 1.0)
     centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * step

@@ -1,0 +1,94 @@
+"""ViT parity: records of timm's VisionTransformer and of DeiT's distilled form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lynceus.backbones.keys.vit import SOURCES as SOURCES
+from lynceus.backbones.vit import VARIANTS, ViT, ViTConfig
+from lynceus.core.errors import AdviceError, unknown
+
+# timm's constructor names -> ours
+FIELDS = {
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "heads",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+    "proj_bias": "proj_bias",
+    "qk_norm": "qk_norm",
+    "scale_attn_norm": "attn_norm",
+    "scale_mlp_norm": "mlp_norm",
+    "init_values": "init_values",
+    "class_token": "class_token",
+    "distilled": "distilled",
+    "reg_tokens": "registers",
+    "pool_include_prefix": "pool_prefix",
+    "pre_norm": "pre_norm",
+    "final_norm": "final_norm",
+    "fc_norm": "fc_norm",
+    "layer_norm_eps": "norm_eps",
+    "norm_eps": "norm_eps",
+    "global_pool": "pool",
+    "num_classes": "num_classes",
+    "in_chans": "in_chans",
+    "patch_size": "patch_size",
+    "drop_rate": "drop_rate",
+    "drop_path_rate": "drop_path_rate",
+    "pos_drop_rate": "position_drop",
+    "patch_drop_rate": "patch_drop",
+    "proj_drop_rate": "proj_drop",
+    "attn_drop_rate": "attn_drop",
+}
+# what changes nothing for us: any size is taken and padded, weights come from the filling
+IGNORED = {"arch", "dynamic_img_size", "dynamic_img_pad", "weight_init", "fix_init", "pretrained", "strict_img_size"}
+
+
+def translate(config: Mapping[str, Any]) -> ViTConfig:
+    """Our config for timm's names. `arch` gives the start where we know it; everything said explicitly wins."""
+    arch = str(config.get("arch", "")).split(".")[0]
+    known = VARIANTS.get(arch)
+    start = known or ViTConfig()
+    changes: dict[str, Any] = {}
+    if known is None and "_distilled_" in arch:
+        changes["distilled"] = True
+    for name, value in config.items():
+        if name in IGNORED:
+            continue
+        if name in ("build_img_size", "img_size"):
+            changes["image_size"] = (value, value) if isinstance(value, int) else tuple(value)
+        elif name == "no_embed_class":
+            changes["position_prefix"] = not value
+        elif name == "pos_embed":
+            changes["position"] = "learned" if value == "learn" else "none"
+        elif name in FIELDS:
+            if name == "patch_size" and not isinstance(value, int):
+                if len(set(value)) > 1:
+                    raise AdviceError(f"Patches are square here; the record has {value}.")
+                value = value[0]
+            changes[FIELDS[name]] = value
+        else:
+            raise unknown("option of VisionTransformer", name, [*FIELDS, *IGNORED, "no_embed_class", "pos_embed"])
+    if "pool" in changes and "fc_norm" not in changes and known is not None and changes["pool"] != known.pool:
+        changes["fc_norm"] = None
+    return replace(start, **changes)
+
+
+def build(config: Mapping[str, Any]) -> ViT:
+    return ViT(translate(config))
+
+
+def compare(model: ViT, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """block{i}: all tokens after block i, counted from 1; tokens: after the final norm; features: pooled; logits."""
+    image = inputs["image"]
+    wanted = sorted(int(name.removeprefix("block")) for name in record["outputs"] if name.startswith("block"))
+    with torch.no_grad():
+        last, found = model.run(image, [i - 1 for i in wanted])
+        tokens = model.norm(last)
+        out = {f"block{i}": x for i, x in zip(wanted, found)}
+        return out | {"tokens": tokens, "features": model.pool(tokens), "logits": model.forward_head(tokens)}
