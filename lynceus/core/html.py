@@ -33,6 +33,9 @@ def page(report: Report) -> str:
     codes = {k: v for k, v in report.environment.items() if k in CODE or "\n" in v}
     return _template().render(
         name=report.name,
+        when=" · ".join(
+            f"seed {v}" if k == "seed" else v for k, v in stamps.items() if k in ("date", "device", "seed")
+        ),
         cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
         notes=report.notes,
         drawings=drawings,
@@ -46,12 +49,16 @@ def page(report: Report) -> str:
 
 def fragment(report: Report) -> str:
     """Name, summary and the first rows, for a notebook's output."""
-    return _environment().get_template("fragment").render(
-        name=report.name,
-        cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
-        table=table(report.rows[:SHOWN]),
-        more=max(0, len(report.rows) - SHOWN),
-        notes=report.notes,
+    return (
+        _environment()
+        .get_template("fragment")
+        .render(
+            name=report.name,
+            cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
+            table=table(report.rows[:SHOWN]),
+            more=max(0, len(report.rows) - SHOWN),
+            notes=report.notes,
+        )
     )
 
 
@@ -61,7 +68,9 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, write in writers(rows).items():
         values = [row.get(name) for row in rows]
         heads.append({"label": label(name), "numeric": is_numeric(values)})
-        made.append([{"text": write(v), "key": repr(float(scalar(v))) if is_number(scalar(v)) else None} for v in values])
+        made.append(
+            [{"text": write(v), "key": repr(float(scalar(v))) if is_number(scalar(v)) else None} for v in values]
+        )
     return {"columns": heads, "rows": [list(cells) for cells in zip(*made)]}
 
 

@@ -1,6 +1,6 @@
 """Figures of a report as bytes: plotly figures as JSON (names end in ".plotly"), pictures as PNG (".png").
 
-No other file knows plotly. Colours of text, axes and background are left to the page, which has a light and a dark side.
+No other file knows plotly. Colours of text, axes and background are left to the page, which is light or dark.
 All names and labels may be any text: they are escaped here.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lynceus.core.errors import AdviceError
 
 COLOURS = ("#3b76b5", "#d1603d", "#4b9a6a", "#8b6bb8", "#c2942e", "#5aa6b5", "#b5527d", "#7d8590")
-BLUES = [[0.0, "rgba(59,118,181,0.04)"], [0.5, "rgba(59,118,181,0.5)"], [1.0, "rgba(42,92,150,1)"]]
+BLUES = [[0.0, "#f7f9fc"], [0.5, "#9bbbde"], [1.0, "#2a5c96"]]  # the page has a dark one beside
 Numbers = Sequence[float] | np.ndarray | Tensor
 
 
@@ -42,6 +42,7 @@ def scatter(
     _same_length(x=xs, y=ys, labels=labels, groups=groups, y_error=y_error)
     errors = _floats(y_error) if y_error is not None else None
     kinds = list(groups) if groups is not None else [""] * len(xs)
+    places = _label_places(xs, log_x, beside=errors is not None)
     traces = []
     for colour, group in zip(_colours(), dict.fromkeys(kinds)):
         at = [i for i, g in enumerate(kinds) if g == group]
@@ -54,7 +55,7 @@ def scatter(
             "name": _text(group),
             "showlegend": bool(group),
             "marker": {"size": 10, "color": colour, "line": {"width": 0}},
-            "textposition": "top center",
+            "textposition": [places[i] for i in at],
             "cliponaxis": False,
             "hovertemplate": ("<b>%{text}</b><br>" if names else "") + f"{_axis(x_title, 'x')} %{{x:,.4~g}}<br>"
             f"{_axis(y_title, 'y')} %{{y:,.4~g}}<extra>{_text(group)}</extra>",
@@ -128,7 +129,9 @@ def bars(
 ) -> bytes:
     """One bar per name, or one per name and group when `values` maps group -> values. `title` names the numbers."""
     groups: Mapping[str, Numbers] = values if isinstance(values, Mapping) else {"": values}
-    spread: Mapping[str, Numbers] = errors if isinstance(errors, Mapping) else ({"": errors} if errors is not None else {})
+    spread: Mapping[str, Numbers] = (
+        errors if isinstance(errors, Mapping) else ({"": errors} if errors is not None else {})
+    )
     long, short = ("x", "y") if horizontal else ("y", "x")
     traces = []
     for colour, (group, numbers) in zip(_colours(), groups.items()):
@@ -142,7 +145,8 @@ def bars(
             "name": _text(group),
             "showlegend": bool(group),
             "marker": {"color": colour},
-            "hovertemplate": f"<b>%{{{short}}}</b><br>{_axis(title, 'value')} %{{{long}:,.4~g}}<extra>{_text(group)}</extra>",
+            "hovertemplate": f"<b>%{{{short}}}</b><br>{_axis(title, 'value')} %{{{long}:,.4~g}}"
+            f"<extra>{_text(group)}</extra>",
         }
         if group in spread:
             trace[f"error_{long}"] = {"array": _floats(spread[group]), "thickness": 1.2, "width": 3}
@@ -226,9 +230,7 @@ def image_grid(
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     gap, foot = 6, 18 if captions is not None else 0
-    sheet = Image.new(
-        "RGBA", (columns * (side + gap) - gap, rows * (side + foot + gap) - gap), (0, 0, 0, 0)
-    )
+    sheet = Image.new("RGBA", (columns * (side + gap) - gap, rows * (side + foot + gap) - gap), (0, 0, 0, 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, image in enumerate(images):
         x, y = (i % columns) * (side + gap), (i // columns) * (side + foot + gap)
@@ -305,6 +307,16 @@ def _colours() -> Any:
         yield from COLOURS
 
 
+def _label_places(xs: Sequence[float | None], log: bool, *, beside: bool) -> list[str]:
+    """Labels stand above their points, or beside error bars, and never run over the right edge."""
+    at = [math.log10(x) if log and x and x > 0 else x for x in xs]
+    known = [a for a in at if a is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    far = [a is not None and high > low and (a - low) / (high - low) > 0.8 for a in at]
+    row = "middle" if beside else "top"
+    return [f"{row} {'left' if f else 'right' if beside else 'center'}" for f in far]
+
+
 def _faint(colour: str) -> str:
     r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},0.15)"
@@ -313,4 +325,6 @@ def _faint(colour: str) -> str:
 def _same_length(**parts: Any) -> None:
     lengths = {name: len(part) for name, part in parts.items() if part is not None}
     if len(set(lengths.values())) > 1:
-        raise AdviceError("A figure's parts must be equally long; here are " + ", ".join(f"{n} {k}" for k, n in lengths.items()))
+        raise AdviceError(
+            "A figure's parts must be equally long; here are " + ", ".join(f"{n} {k}" for k, n in lengths.items())
+        )

@@ -112,7 +112,9 @@ class Report:
             }
             return cls(**d)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdviceError(f"This is no report of lynceus ({error}); give the report.json of a run folder.") from None
+            raise AdviceError(
+                f"This is no report of lynceus ({error}); give the report.json of a run folder."
+            ) from None
 
     def save(self, folder: str | Path) -> Path:
         """Writes report.json and report.html into `folder`; returns the path of the page."""
@@ -137,7 +139,9 @@ class Report:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (AdviceError, UnicodeDecodeError):
-            raise AdviceError(f"{path.resolve()} is no report of lynceus; give the report.json of a run folder.") from None
+            raise AdviceError(
+                f"{path.resolve()} is no report of lynceus; give the report.json of a run folder."
+            ) from None
 
 
 def _npy(array: np.ndarray) -> bytes:
