@@ -33,9 +33,8 @@ def create_model(
 
         model: Backbone = create_timm(name.removeprefix("timm:"), num_classes=num_classes, in_chans=in_chans, changes=changes)
     else:
+        check_name(name)
         table = variants()
-        if name not in table:
-            raise unknown("model", name, table, how="lynceus.list_models('*') lists all; 'timm:NAME' takes any of timm.")
         module = family_module(table[name])
         config = changed(
             module.VARIANTS[name], {**changes, "num_classes": num_classes, "in_chans": in_chans}, kind=f"{table[name]} config"
@@ -52,3 +51,13 @@ def create_model(
 def list_models(pattern: str = "*") -> list[str]:
     """Names of our models that match a shell pattern, e.g. list_models("*nano*")."""
     return matching(pattern)
+
+
+def check_name(name: str) -> None:
+    """Raises the error that names the nearest model when `name` is none."""
+    if name.startswith("timm:"):
+        from lynceus.backbones.from_timm import check_timm
+
+        check_timm(name.removeprefix("timm:"))
+    elif name not in variants():
+        raise unknown("model", name, variants(), how="lynceus.list_models('*') lists all; 'timm:NAME' takes any of timm.")

@@ -229,3 +229,21 @@ def one_of(kind: str, table: dict[str, tuple[str, str]], argv: Sequence[str], *,
     if argv[0] not in table:
         raise unknown(kind, argv[0], table, how=f"{usage.split(' NAME')[0]} --help lists all.")
     return argv[0], list(argv[1:])
+
+
+def load_function(target: str, flag: str) -> Callable[..., Any]:
+    """The function that "module:function" names; modules of the working folder count."""
+    import sys
+
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise AdviceError(f"{flag} takes module:function, for example losses:focal; {target!r} has no colon.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError:
+        raise AdviceError(f"{flag}: there is no module {module!r} here ({Path.cwd()}) or installed.") from None
+    except AttributeError:
+        raise unknown(f"function in {module}", name, [n for n in dir(import_module(module)) if not n.startswith("_")]) from None
+    return found

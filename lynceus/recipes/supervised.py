@@ -10,6 +10,7 @@ What to expect on the digits of scikit-learn (1437 to learn from, 360 held out) 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +76,17 @@ class Supervised(Recipe):
     """Learns `task` on `backbone`; `export()` is the task's predictor.
 
     task: Classify(...) or any Task. backbone: a lynceus backbone, or a module that the task's `build` accepts.
+    loss: (raw outputs, batch) -> {"loss": tensor, ...} in place of the task's own.
     """
 
-    def __init__(self, task: Task, backbone: nn.Module, config: SupervisedConfig | None = None):
+    def __init__(
+        self,
+        task: Task,
+        backbone: nn.Module,
+        config: SupervisedConfig | None = None,
+        *,
+        loss: Callable[[Any, Batch], dict[str, Tensor]] | None = None,
+    ):
         super().__init__()
         if isinstance(backbone, str):
             raise AdviceError(
@@ -86,6 +95,7 @@ class Supervised(Recipe):
         self.task = task
         self.config = config or SupervisedConfig()
         self.model = task.build(backbone)
+        self.loss = loss or task.loss
 
     @property
     def views(self) -> bool:
@@ -129,7 +139,7 @@ class Supervised(Recipe):
         return Batch(image=image, sizes=batch.sizes, label=label, ids=batch.ids, extra=batch.extra)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.task.loss(self.model(batch.image), batch)
+        return self.loss(self.model(batch.image), batch)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The backbone's groups (no decay where it says so, layer decay), and what the task added around it."""
@@ -170,6 +180,7 @@ class Supervised(Recipe):
         return {
             "recipe": "supervised",
             "supervised": to_dict(self.config),
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
             "task": {"name": self.task.name, **to_dict(self.task)},
             "backbone": describe_backbone(self.model.backbone),
         }
