@@ -1,14 +1,15 @@
 """ConvNeXt (Liu, Mao, Wu, Feichtenhofer, Darrell, Xie: "A ConvNet for the 2020s", CVPR 2022, arXiv 2201.03545).
 
-Reference code: facebookresearch/ConvNeXt (MIT). A pyramid of plain convolution pieces: 7x7 depthwise mixing, one LayerNorm
-and one GELU per block, a four times wider perceptron, separate down-sampling. Beside it the isotropic twin (one resolution,
-like a ViT). The way from ResNet-50 to here, rung by rung, is in `convnext_ladder.py`.
+Reference code: facebookresearch/ConvNeXt (MIT). A pyramid of plain convolution pieces: 7x7 depthwise mixing, one
+LayerNorm and one GELU per block, a four times wider perceptron, separate down-sampling. Beside it the isotropic twin (one
+resolution, like a ViT). The way from ResNet-50 to here, rung by rung, is in `convnext_ladder.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class ConvNeXtConfig(BackboneConfig):
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.dims):
             raise AdviceError(
-                f"depths {self.depths} and dims {self.dims} describe different numbers of stages; give one of each per stage."
+                f"depths {self.depths} and dims {self.dims} describe different numbers of stages; "
+                "give one of each per stage."
             )
         if self.isotropic and (len(self.depths) != 1 or self.dense):
             raise AdviceError("An isotropic ConvNeXt has one stage and no dense form: depths=(18,), dims=(384,).")
@@ -84,9 +86,9 @@ class Block(nn.Module):
 class ConvNeXt(Backbone):
     """ConvNeXt in its classification, dense and isotropic forms.
 
-    Maps are those leaving each stage, before any norm (dense: after `norm0` ...), with floor sizes: 225x250 gives 56x62,
-    28x31, 14x15, 7x7. Images smaller than the coarsest stride are zero-padded to it. The classifier reads LayerNorm of the
-    global mean.
+    Maps are those leaving each stage, before any norm (dense: after `norms`), with floor sizes: 225x250 gives 56x62,
+    28x31, 14x15, 7x7. Images smaller than the coarsest stride are zero-padded to it. The classifier reads LayerNorm of
+    the global mean.
     """
 
     def __init__(self, config: ConvNeXtConfig):
@@ -97,7 +99,7 @@ class ConvNeXt(Backbone):
         stem: list[nn.Module] = [nn.Conv2d(config.in_chans, dims[0], config.patch_size, config.patch_size)]
         if not config.isotropic:
             stem.append(LayerNorm2d(dims[0], eps=EPS))
-        down = [nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, 2, 2)) for a, b in zip(dims, dims[1:])]
+        down = [nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, 2, 2)) for a, b in pairwise(dims)]
         self.downsample = nn.ModuleList([nn.Sequential(*stem), *down])
         rates = iter(linear_rates(config.drop_path_rate, sum(config.depths)))
         self.layers = nn.ModuleList(
@@ -148,7 +150,7 @@ class ConvNeXt(Backbone):
     def layer_ids(self) -> dict[str, int]:
         """Depth group of every parameter as the authors number them: 0 (stem) to 13 (norm and head), gaps included.
 
-        With fewer than 27 blocks in stage 2 some numbers stay empty; the factor of a group is decay ** (13 - id) all the same.
+        With fewer than 27 blocks in stage 2 some numbers stay empty; the factor is decay ** (13 - id) all the same.
         Isotropic: 0, 1 .. depth (blocks), depth + 1.
         """
         return {name: self._layer_id(name.split(".")) for name, _ in self.named_parameters()}
@@ -172,7 +174,7 @@ class ConvNeXt(Backbone):
         return self.config.depths[0] + 1 if self.config.isotropic else 13
 
     def param_groups(self, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer: lr * layer_decay ** (last - id), no decay for biases and one-dimensional parameters."""
+        """Groups for an optimizer: lr * layer_decay ** (last - id), no decay for one-dimensional parameters."""
         ids = self.layer_ids()
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
         for name, parameter in self.named_parameters():

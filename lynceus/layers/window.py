@@ -1,0 +1,182 @@
+"""Attention, or one linear map per head, inside the windows of a map: the spatial mixers of Swin.
+
+Windows lie on a grid of M x M cells over the map rolled by (-shift, -shift); a map that is no multiple of M is zero-padded
+right and bottom before the roll, and padded cells are not masked out. Everything that depends on the map's size is made
+on demand from that size, so no mask can be stale and sizes may be free under export.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lynceus.core.errors import AdviceError
+from lynceus.core.shapes import pad_map
+from lynceus.layers.fused import fusable, linear
+
+BLOCKED = -100.0  # added to the logits of pairs that only meet because the map was rolled
+
+
+def to_windows(x: Float[Tensor, "b h w c"], window: int, shift: int = 0) -> Float[Tensor, "windows cells c"]:
+    """Windows in row-major order, image by image: (b * rows * columns, window**2, c)."""
+    x = pad_map(x, window)
+    b, h, w, c = x.shape
+    rows, columns = h // window, w // window
+    if shift and fusable(x):  # one pass over memory instead of the three of roll and reshape
+        order = (torch.arange(h).add_(shift).remainder_(h) * w).view(rows, 1, window, 1)
+        order = order + torch.arange(w).add_(shift).remainder_(w).view(1, columns, 1, window)
+        return x.reshape(b, h * w, c).index_select(1, order.view(-1)).view(-1, window * window, c)
+    if shift:
+        x = torch.roll(x, (-shift, -shift), (1, 2))
+    x = x.reshape(b, rows, window, columns, window, c).transpose(2, 3)
+    return x.reshape(b * rows * columns, window * window, c)
+
+
+def from_windows(
+    x: Float[Tensor, "windows cells c"], size: tuple[int, int], window: int, shift: int = 0
+) -> Float[Tensor, "b h w c"]:
+    """The reverse of `to_windows` for a map of `size` (h, w): un-rolled, without the padding."""
+    height, width = size
+    rows, columns = -(-height // window), -(-width // window)
+    h, w, c = rows * window, columns * window, x.shape[-1]
+    b = x.shape[0] // (rows * columns)
+    if shift and fusable(x):
+        down = torch.arange(height).sub_(shift).remainder_(h)
+        across = torch.arange(width).sub_(shift).remainder_(w)
+        down = (down // window) * (columns * window * window) + (down % window) * window
+        across = (across // window) * (window * window) + across % window
+        order = (down[:, None] + across).view(-1)
+        return x.reshape(b, h * w, c).index_select(1, order).view(b, height, width, c)
+    x = x.reshape(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, h, w, c)
+    if shift:
+        x = torch.roll(x, (shift, shift), (1, 2))
+    return x[:, :height, :width]
+
+
+def relative_index(window: int) -> Int[Tensor, "cells cells"]:
+    """Row of the bias table for query (r1, c1) and key (r2, c2): (r1 - r2 + M - 1)(2M - 1) + (c1 - c2 + M - 1)."""
+    r, c = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+    return (r[:, None] - r + window - 1) * (2 * window - 1) + (c[:, None] - c + window - 1)
+
+
+def shift_mask(
+    rows: int, columns: int, window: int, shift: int, *, device: torch.device | None = None
+) -> Float[Tensor, "windows cells cells"]:
+    """0 for pairs that were neighbours before the roll, -100 for the others; only last rows and columns hold any."""
+    wrapped = torch.arange(window, device=device) >= window - shift
+    differ = wrapped[:, None] != wrapped
+    cells = window * window
+    by_row = differ[:, None, :, None].expand(window, window, window, window).reshape(cells, cells)
+    by_column = differ[None, :, None, :].expand(window, window, window, window).reshape(cells, cells)
+    last_row = torch.arange(rows, device=device) == rows - 1
+    last_column = torch.arange(columns, device=device) == columns - 1
+    blocked = (last_row[:, None, None, None] & by_row) | (last_column[:, None, None] & by_column)
+    return blocked.reshape(rows * columns, cells, cells).float() * BLOCKED
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside each window, with a learned bias for every relative position.
+
+    `relative_position_bias_table` is ((2 window - 1)**2, heads); `qkv` packs [3, heads, dim / heads].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        *,
+        shift: int = 0,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise AdviceError(
+                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. {heads * max(dim // heads, 1)}."
+            )
+        self.heads, self.window, self.shift = heads, window, shift
+        self.scale = scale if scale is not None else (dim // heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_index", relative_index(window).flatten(), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._kept: tuple[tuple[int, int, torch.dtype], Tensor, Tensor] | None = None
+
+    def bias(self, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "windows heads cells cells"]:
+        """What is added to the logits: (1, heads, n, n), or one for each of rows * columns windows when shifted."""
+        cells = self.window * self.window
+        table = self.relative_position_bias_table[self.relative_index].view(cells, cells, self.heads)
+        bias = table.permute(2, 0, 1)[None]
+        if self.shift:
+            mask = shift_mask(rows, columns, self.window, self.shift, device=bias.device)
+            bias = bias + mask[:, None].to(bias.dtype)
+        return bias.to(dtype).contiguous()
+
+    def _bias_kept(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """`bias`, from last time if the sizes and every number of the table are still the same."""
+        key = (rows, columns, dtype) if self.shift else (0, 0, dtype)
+        table, kept = self.relative_position_bias_table, self._kept
+        if kept is not None and kept[0] == key and kept[1].dtype == table.dtype and torch.equal(kept[1], table):
+            return kept[2]
+        bias = self.bias(rows, columns, dtype)
+        self._kept = (key, table.detach().clone(), bias)
+        return bias
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        b, h, w, c = x.shape
+        rows, columns = -(-h // self.window), -(-w // self.window)
+        cells = self.window * self.window
+        lean = fusable(x) and not self.training
+        x = to_windows(x, self.window, self.shift)
+        count = x.shape[0]
+        qkv = linear(self.qkv, x).view(count, cells, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self._bias_kept(rows, columns, q.dtype) if lean else self.bias(rows, columns, q.dtype)
+        if self.shift:
+            bias = bias[None].expand(b, -1, -1, -1, -1).reshape(count, self.heads, cells, cells)
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
+        x = linear(self.proj, x.transpose(1, 2).reshape(count, cells, c))
+        return from_windows(self.proj_drop(x), (h, w), self.window, self.shift)
+
+
+class WindowMlp(nn.Module):
+    """Swin-MLP's mixer: one (window**2 x window**2) matrix and bias per head, shared by the head's channels.
+
+    Shifted windows come from zero padding (window - shift before, shift after), so there is one more per axis; nothing
+    is rolled. `spatial_mlp` is kept as the grouped 1x1 convolution of the authors: (heads * n, n, 1).
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, *, shift: int = 0):
+        super().__init__()
+        if dim % heads:
+            raise AdviceError(
+                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. {heads * max(dim // heads, 1)}."
+            )
+        self.heads, self.window, self.shift = heads, window, shift
+        cells = window * window
+        self.spatial_mlp = nn.Conv1d(heads * cells, heads * cells, 1, groups=heads)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        h, w, c = x.shape[1:]
+        cells, before, after = self.window * self.window, self.window - self.shift, self.shift
+        x = pad_map(x, self.window)
+        if self.shift:
+            x = F.pad(x, (0, 0, before, after, before, after))
+        size = (x.shape[1], x.shape[2])
+        x = to_windows(x, self.window)
+        count = x.shape[0]
+        x = x.view(count, cells, self.heads, c // self.heads).transpose(1, 2)
+        x = self.spatial_mlp(x.reshape(count, self.heads * cells, c // self.heads))
+        x = x.view(count, self.heads, cells, c // self.heads).transpose(1, 2).reshape(count, cells, c)
+        x = from_windows(x, size, self.window)
+        start = before if self.shift else 0
+        return x[:, start : start + h, start : start + w]
