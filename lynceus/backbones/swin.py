@@ -3,9 +3,9 @@
 Reference code: microsoft/Swin-Transformer (MIT), and SwinTransformer/Swin-Transformer-Object-Detection (Apache-2.0) for
 the dense form. Attention inside windows whose grid is shifted in every second block; cost is linear in the pixels.
 
-Two rules of the authors live here side by side. Classification code: where the map at `image_size` is no larger than the
-window, the window becomes as large as that map and is not shifted. Dense code (`dense=True`): the window never shrinks.
-Both: maps that are no multiple of the window are zero-padded after the first norm, so any image size goes.
+Two rules of the authors live here side by side. Classification code: where the map at `image_size` is no larger than
+the window, the window becomes as large as that map and is not shifted. Dense code (`dense=True`): the window never
+shrinks. Both: maps that are no multiple of the window are zero-padded after the first norm, so any image size goes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lynceus.core.shapes import pad_map
 from lynceus.core.types import Stage
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.embed import PatchEmbed
-from lynceus.layers.fused import fusable, linear
+from lynceus.layers.fused import linear
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
 from lynceus.layers.position import resize_position
@@ -41,8 +41,8 @@ class SwinConfig(BackboneConfig):
     patch. embed_dim: channels of the first stage, doubled by each. depths, num_heads: blocks and heads per stage.
     window_size: side M of a window. mixer: "attention", or "mlp" for Swin-MLP. mlp_ratio: width of the perceptrons.
     qkv_bias, qk_scale: as in the attention (None: head width ** -0.5). ape: a learned absolute position table.
-    patch_norm: LayerNorm after the patches. pos_drop, proj_drop, attn_drop: dropout after the patches, in perceptrons and
-    projections, on attention weights.
+    patch_norm: LayerNorm after the patches. pos_drop, proj_drop, attn_drop: dropout after the patches, in perceptrons
+    and projections, on attention weights.
     dense: the dense form, with a LayerNorm on every map given and no classifier; out_indices: the levels it gives, and
     frozen_stages: how much of it is not trained (-1 nothing, 0 patches, 1 position table too, then stage by stage).
     """
@@ -160,8 +160,8 @@ class SwinStage(nn.Module):
 class Swin(Backbone):
     """Swin in its classification and dense forms.
 
-    Maps are those leaving each stage before merging: un-normed in the classification form, after `norm0` ... in the dense
-    one; sizes are rounded up. The classifier reads the mean of LayerNorm(last map).
+    Maps are those leaving each stage before merging: un-normed in the classification form, after `norm0` ... in the
+    dense one; sizes are rounded up. The classifier reads the mean of LayerNorm(last map).
     """
 
     def __init__(self, config: SwinConfig):
@@ -180,8 +180,7 @@ class Swin(Backbone):
         rates = linear_rates(config.drop_path_rate, sum(config.depths))
         starts = [sum(config.depths[:i]) for i in range(count)]
         self.layers = nn.ModuleList(
-            SwinStage(config, i, rates[start : start + depth])
-            for i, (start, depth) in enumerate(zip(starts, config.depths))
+            SwinStage(config, i, rates[starts[i] : starts[i] + config.depths[i]]) for i in range(count)
         )
         self.num_classes = 0 if config.dense else config.num_classes
         if config.dense:

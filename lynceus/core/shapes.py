@@ -1,4 +1,4 @@
-"""Padding and the one place where maps become tokens and back. Layouts: image `b c h w`, map `b h w c`, tokens `b n c`."""
+"""Padding, and the one place where maps become tokens and back. Image `b c h w`, map `b h w c`, tokens `b n c`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pad_image(image: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c H W"]:
-    """Zero-pads right and bottom so that height and width are multiples of `multiple`. Works under export (free sizes)."""
+    """Zero-pads right and bottom to multiples of `multiple`. Works under export (free sizes)."""
     bottom = -image.shape[-2] % multiple
     right = -image.shape[-1] % multiple
     return _pad(image, (0, right, 0, bottom))

@@ -1,8 +1,8 @@
 """Attention, or one linear map per head, inside the windows of a map: the spatial mixers of Swin.
 
-Windows lie on a grid of M x M cells over the map rolled by (-shift, -shift); a map that is no multiple of M is zero-padded
-right and bottom before the roll, and padded cells are not masked out. Everything that depends on the map's size is made
-on demand from that size, so no mask can be stale and sizes may be free under export.
+Windows lie on a grid of M x M cells over the map rolled by (-shift, -shift); a map that is no multiple of M is
+zero-padded right and bottom before the roll, and padded cells are not masked out. Everything that depends on
+the map's size is made on demand from that size, so no mask can be stale and sizes may be free under export.
 """
 
 from __future__ import annotations

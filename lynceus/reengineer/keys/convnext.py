@@ -30,7 +30,7 @@ _DENSE = {"out_indices"}
 def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a record. Dense: `out_indices` is given, or the record (if at hand) holds `norm0` .. and no head.
 
-    Without a record, a pyramid whose config names neither classes nor kernel nor layer scale is taken for the dense form.
+    Without a record, a pyramid whose config names neither classes nor kernel nor layer scale is taken for dense.
     """
     fields: dict[str, Any] = {}
     isotropic = "dim" in config or "depth" in config
