@@ -4,9 +4,9 @@ Lost in Translation: Modern Neural Networks Still Struggle With Small Realistic 
 arXiv 2404.07153. The authors' repository (ofirshifman/RICS) holds no code; written from the paper's idea.
 
 Every crop of a view gets a score that depends on its own pixels only (one fixed zero-mean filter at its centre), and
-the crop with the largest score is fed. After a shift the same physical crop is usually chosen again, and then the network
-sees the same bits. Pixels and filter are rounded to small integers, so that scores are exact in any order of summation, in
-float32 as in float64: equal pixels have equal scores, on every machine and in every batch.
+the crop with the largest score is fed. After a shift the same physical crop is usually chosen again, and then the
+network sees the same bits. Pixels and filter are rounded to small integers, so that scores are exact in any order of
+summation, in float32 as in float64: equal pixels have equal scores, on every machine and in every batch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def candidates_needed(level: float, shift: int = 1) -> int:
     return max(1, math.ceil(shift * (1 + level) / (1 - level) - 1e-9))
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------------------------
 _KERNELS = {"noise": 5, "log": 9, "laplacian_noise": 11}
 
 
@@ -321,9 +321,7 @@ def certified(model: CropSelected, stored: Float[Tensor, "b c h w"], shift: int)
         raise AdviceError("The certificate is for realistic shifts of a CropSelection with view=, top=1, cyclic=False.")
     (height, width), d = _pair(config.view), shift
     if stored.shape[-2] < height + 2 * d or stored.shape[-1] < width + 2 * d:
-        raise AdviceError(
-            f"Shifts of {d} px around a view of {(height, width)} need stored images of {(height + 2 * d, width + 2 * d)}."
-        )
+        raise AdviceError(f"Shifts of {d} px around a view of {(height, width)} need stored images {2 * d} px larger.")
     top, left = (stored.shape[-2] - height) // 2 - d, (stored.shape[-1] - width) // 2 - d
     union = stored[..., top : top + height + 2 * d, left : left + width + 2 * d]
     scores = model.scores(as_float(union))
@@ -411,7 +409,7 @@ def natural_rate(config: CropSelection) -> tuple[float, float]:
     return float(same.double().mean()), probability_axis(count, 1)
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------------------------
 def whole_grey(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Grey in whole numbers 0..1020, float64: a fixed function of each pixel, whatever its place."""
     channels = (image.to(torch.float64) * 255).round()
@@ -432,7 +430,7 @@ def _cut(view: Tensor, corner: Tensor, crop: tuple[int, int]) -> Tensor:
 
 
 def _ties_by_bytes(view: Tensor, flat: Tensor, index: Tensor, crop: tuple[int, int]) -> Tensor:
-    """Where several corners of the torus share the best score, the crop with the largest bytes: rolls cannot change it."""
+    """Where several corners of the torus share the best score, the crop with the largest bytes: no roll changes it."""
     tied = flat == flat.amax(1, keepdim=True)
     many = (tied.sum(1) > 1).nonzero()[:, 0].tolist()
     if not many:
