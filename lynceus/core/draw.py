@@ -55,9 +55,8 @@ def draw_prediction(prediction: Prediction, *, classes: list[str] | None = None,
                 text.append(f"{float(p.scores[i]):.2f}")
             if text:
                 _tag(draw, font, (x0, y0), " ".join(text), colour, picture.size)
-    text = caption(p)
-    if text:
-        _tag(draw, font, (0, 0), text, "#16191d", picture.size)
+    if title := caption(p):
+        _tag(draw, font, (0, 0), title, "#16191d", picture.size)
     return picture
 
 
