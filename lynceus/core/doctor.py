@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has. Versions, device, threads, memory, disk, rights, and what missing extras would add."""
+"""`doctor`: what this machine has. Versions, device, threads, memory, disk, rights, and what extras would add."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def doctor() -> Report:
 
     Nothing is downloaded and nothing is left behind. summary: findings by state."""
     rows = [*_versions(), *_machine(), *_folders(), *_extras()]
-    counts = {state: float(sum(r["state"] == state for r in rows)) for state in ("ok", "missing", "low", "no")}
+    counts: dict[str, float] = {
+        state: sum(r["state"] == state for r in rows) for state in ("ok", "missing", "low", "no")
+    }
     notes = [f"{r['what']}: {r['advice']}" for r in rows if r["state"] in ("low", "no")]
     needed = [r["what"] for r in rows if r["state"] == "missing" and r["group"] == "package"]
     if needed:
@@ -104,7 +106,7 @@ def _machine() -> list[dict[str, Any]]:
             _row("device", "memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", "low" if low else "ok", advice)
         )
     if os.name == "posix" and Path("/dev/shm").is_dir():
-        free = shutil.disk_usage("/dev/shm").free
+        free = float(shutil.disk_usage("/dev/shm").free)
         low = free < 0.2e9
         advice = "loading with workers may fail: use workers=0, or give the container more shared memory" if low else ""
         rows.append(_row("device", "shared memory", f"{free / 1e9:.1f} GB free", "low" if low else "ok", advice))
@@ -139,8 +141,8 @@ def _folders() -> list[dict[str, Any]]:
             advice = "make room before training" if low else ""
             rows.append(_row("folder", name, f"{folder}, {free / 1e9:.1f} GB free", "low" if low else "ok", advice))
         else:
-            advice = {"this folder": "write elsewhere with --out FOLDER", "cache": "set HF_HOME to a folder of yours"}
-            rows.append(_row("folder", name, str(folder), "no", f"cannot be written: {advice.get(name, 'set TMPDIR')}"))
+            ways = {"this folder": "write elsewhere with --out FOLDER", "cache": "set HF_HOME to a folder of yours"}
+            rows.append(_row("folder", name, str(folder), "no", f"cannot be written: {ways.get(name, 'set TMPDIR')}"))
     return rows
 
 
