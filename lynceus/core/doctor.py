@@ -47,7 +47,7 @@ NEEDED = {
     "pyarrow": "parquet files",
     "pyyaml": "configurations",
 }
-LOW_DISK, LOW_MEMORY = 2e9, 2e9
+LOW_DISK, LOW_MEMORY = 2_000_000_000, 2_000_000_000
 
 
 def doctor() -> Report:
@@ -87,8 +87,8 @@ def _machine() -> list[dict[str, Any]]:
     rows = []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(i)
-            value = f"{torch.cuda.get_device_name(i)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            unused, size = torch.cuda.mem_get_info(i)
+            value = f"{torch.cuda.get_device_name(i)}, {unused / 1e9:.1f} of {size / 1e9:.1f} GB free"
             rows.append(_row("device", f"cuda:{i}", value))
     elif torch.backends.mps.is_available():
         rows.append(_row("device", "mps", "Apple GPU"))
@@ -99,15 +99,15 @@ def _machine() -> list[dict[str, Any]]:
     advice = "" if threads <= cores else f"more threads than cores: set OMP_NUM_THREADS={cores}"
     rows.append(_row("device", "threads", f"{threads} of {cores} cores", "no" if advice else "ok", advice))
     if memory := _memory():
-        free, total = memory
-        low = free < LOW_MEMORY
+        available, total = memory
+        low = available < LOW_MEMORY
         advice = "training may be stopped by the system: close other programs, or take a smaller batch" if low else ""
         rows.append(
-            _row("device", "memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", "low" if low else "ok", advice)
+            _row("device", "memory", f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free", "low" if low else "ok", advice)
         )
     if os.name == "posix" and Path("/dev/shm").is_dir():
-        free = float(shutil.disk_usage("/dev/shm").free)
-        low = free < 0.2e9
+        free = shutil.disk_usage("/dev/shm").free
+        low = free < 200_000_000
         advice = "loading with workers may fail: use workers=0, or give the container more shared memory" if low else ""
         rows.append(_row("device", "shared memory", f"{free / 1e9:.1f} GB free", "low" if low else "ok", advice))
     return rows
