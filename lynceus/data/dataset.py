@@ -1,7 +1,7 @@
 """Dataset: pictures and whatever is known about them, behind one face whatever the format on disk.
 
-A `Source` knows where the pictures are and how one is read; a `Dataset` is a choice of its rows with labels that are
-known without decoding anything. Subsets and splits share the source.
+A `Source` (lynceus.data.sources) knows where the pictures are and how one is read; a `Dataset` is a choice of its
+rows with labels that are known without decoding anything. Subsets and splits share the source.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,143 +20,18 @@ from lynceus.core.errors import AdviceError, unknown
 from lynceus.core.report import Report
 from lynceus.core.rng import numpy_generator
 from lynceus.core.types import Batch, Sample, collate
-from lynceus.data.decode import UnreadableError, read_image
+from lynceus.data.decode import UnreadableError
+from lynceus.data.sources import Chosen, Pixels, Source
 
 log = logging.getLogger("lynceus.data")
 
 
-class Source(Protocol):
-    """Where pictures come from. Rows are 0 .. len - 1; `read` raises UnreadableError, the others never decode."""
-
-    @property
-    def rich(self) -> bool: ...  # whether `target` ever gives anything
-
-    def __len__(self) -> int: ...
-    def read(self, row: int) -> UInt8[Tensor, "3 h w"]: ...
-    def raw(self, row: int) -> bytes: ...  # the bytes as stored, for hashes
-    def id(self, row: int) -> str: ...
-    def path(self, row: int) -> str | None: ...
-    def target(self, row: int) -> dict[str, Any]: ...  # fields of Sample besides image, label, id and path
-    def stamp(self, row: int) -> str: ...  # a cheap mark of the content, the same on every machine
-
-
-class Files:
-    """Picture files under one root. names: paths relative to it, with slashes. targets: Sample fields by row."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        names: Sequence[str],
-        *,
-        sizes: Sequence[int] | None = None,
-        targets: Sequence[dict[str, Any]] | None = None,
-    ):
-        self.root, self.names, self.sizes, self.targets = str(root), names, sizes, targets
-
-    @property
-    def rich(self) -> bool:
-        return self.targets is not None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, row: int) -> Tensor:
-        return read_image(self.path(row))
-
-    def raw(self, row: int) -> bytes:
-        return Path(self.path(row)).read_bytes()
-
-    def id(self, row: int) -> str:
-        return self.names[row]
-
-    def path(self, row: int) -> str:
-        name = self.names[row]
-        return name if name.startswith("/") else f"{self.root}/{name}"
-
-    def target(self, row: int) -> dict[str, Any]:
-        return dict(self.targets[row]) if self.targets is not None else {}
-
-    def stamp(self, row: int) -> str:
-        size = self.sizes[row] if self.sizes is not None else Path(self.path(row)).stat().st_size
-        return f"{self.names[row]}:{size}"
-
-
-class Blobs:
-    """Encoded pictures in memory or in an arrow column: anything indexable that gives bytes."""
-
-    def __init__(self, blobs: Any, ids: Sequence[str], *, where: str, targets: Sequence[dict[str, Any]] | None = None):
-        self.blobs, self.ids, self.where, self.targets = blobs, ids, where, targets
-
-    @property
-    def rich(self) -> bool:
-        return self.targets is not None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def raw(self, row: int) -> bytes:
-        value = self.blobs[row]
-        value = value.as_py() if hasattr(value, "as_py") else value
-        if value is None:
-            raise UnreadableError(f"{self.where}, row {row}", "there is neither a picture nor a path in it")
-        return value
-
-    def read(self, row: int) -> Tensor:
-        return read_image(self.raw(row), name=f"{self.where}, {self.ids[row]}")
-
-    def id(self, row: int) -> str:
-        return self.ids[row]
-
-    def path(self, row: int) -> str | None:
-        return None
-
-    def target(self, row: int) -> dict[str, Any]:
-        return dict(self.targets[row]) if self.targets is not None else {}
-
-    def stamp(self, row: int) -> str:
-        return hashlib.blake2b(self.raw(row), digest_size=8).hexdigest()
-
-
-class Pixels:
-    """Pictures that are one uint8 tensor (n, 3, h, w) already."""
-
-    def __init__(
-        self, images: Tensor, *, ids: Sequence[str] | None = None, targets: Sequence[dict[str, Any]] | None = None
-    ):
-        self.images, self.ids, self.targets = images, ids, targets
-
-    @property
-    def rich(self) -> bool:
-        return self.targets is not None
-
-    def __len__(self) -> int:
-        return int(self.images.shape[0])
-
-    def read(self, row: int) -> Tensor:
-        return self.images[row]
-
-    def raw(self, row: int) -> bytes:
-        return self.images[row].numpy().tobytes()
-
-    def id(self, row: int) -> str:
-        return self.ids[row] if self.ids is not None else str(row)
-
-    def path(self, row: int) -> str | None:
-        return None
-
-    def target(self, row: int) -> dict[str, Any]:
-        return dict(self.targets[row]) if self.targets is not None else {}
-
-    def stamp(self, row: int) -> str:
-        return hashlib.blake2b(self.raw(row), digest_size=8).hexdigest()
-
-
 class Dataset(torch.utils.data.Dataset):
-    """Pictures with labels known without decoding; index it for a `Sample`, or look at `images` when they are in memory.
+    """Pictures with labels known without decoding; index it for a `Sample`; `images` holds all when they are in memory.
 
     name: short, for tables. origin: the full path, or what else it was made of. classes: names by index.
     labels: (n,) int64, -1 for none, or None when nothing is labelled. multilabels: (n, k) uint8 when a picture may have
-    several classes (`Sample.label` is then a multi-hot tensor). splits: the split of each row when the format names them.
+    several classes (`Sample.label` is then a multi-hot tensor). splits: the split of each row, if named.
     unreadable: id -> why, of every picture that was skipped so far. notes: what the reader should tell the user.
     inverse: class index -> the id that the format on disk uses for it, when that differs.
     """
@@ -229,9 +103,8 @@ class Dataset(torch.utils.data.Dataset):
             label = torch.from_numpy(self._multi[row].astype(np.float32))
         elif self._labels is not None and self._labels[row] >= 0:
             label = int(self._labels[row])
-        return Sample(
-            image=image, label=label, id=self.source.id(row), path=self.source.path(row), **self.source.target(row)
-        )
+        known = self.source.target(row, size=(int(image.shape[-2]), int(image.shape[-1]))) if self.source.rich else {}
+        return Sample(image=image, label=label, id=self.source.id(row), path=self.source.path(row), **known)
 
     @property
     def plain(self) -> bool:
@@ -264,7 +137,7 @@ class Dataset(torch.utils.data.Dataset):
             first = "; ".join(f"{k} ({why})" for k, why in list(self.unreadable.items())[:5])
             raise AdviceError(
                 f"{len(self.unreadable)} of {len(self.source)} pictures in {self.origin} cannot be read, more than the "
-                f"{allowed} allowed: {first}. Mend or delete them, or allow more with max_bad={len(self.unreadable) * 2}."
+                f"{allowed} allowed: {first}. Mend or delete them, or allow more: max_bad={len(self.unreadable) * 2}."
             )
 
     def bad_allowed(self) -> int:
@@ -296,9 +169,9 @@ class Dataset(torch.utils.data.Dataset):
     def path(self, index: int) -> str | None:
         return self.source.path(int(self._rows[index]))
 
-    def target(self, index: int) -> dict[str, Any]:
-        """Boxes, classes, masks and the like of one sample, without its picture."""
-        return self.source.target(int(self._rows[index]))
+    def target(self, index: int, *, maps: bool = True) -> dict[str, Any]:
+        """Boxes, classes and the like of one sample without its picture; masks and segments too when `maps`."""
+        return self.source.target(int(self._rows[index]), maps=maps)
 
     def raw(self, index: int) -> bytes:
         """The bytes of one picture as stored."""
@@ -343,7 +216,7 @@ class Dataset(torch.utils.data.Dataset):
         return out
 
     def part(self, split: str) -> Dataset:
-        """The samples of one split that the format names, e.g. "train". "test" and "val" stand for each other if alone."""
+        """The samples of one split of those that the format names. "test" and "val" stand for each other if alone."""
         if self.splits is None:
             raise AdviceError(
                 f"{self.origin} has no splits of its own. Make them: train, test = dataset.split(0.8, 0.2)."
@@ -381,7 +254,7 @@ class Dataset(torch.utils.data.Dataset):
         return tuple(self.subset(np.sort(np.concatenate(p)) if p else []) for p in parts)
 
     def train_test(self, share: float = 0.2, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-        """What to train on and what to test on: the format's own splits when it names them, else a stratified `split`."""
+        """What to train on and what to test on: the format's own splits if it names them, else a stratified `split`."""
         if self.splits is not None:
             names = {str(s) for s in self.splits}
             train = [n for n in ("train", "training") if n in names]
@@ -442,35 +315,3 @@ class Dataset(torch.utils.data.Dataset):
         from lynceus.data.checks import check
 
         return check(self, strict=strict, decode=decode)
-
-
-class Chosen:
-    """Some rows of another source."""
-
-    def __init__(self, source: Source, rows: np.ndarray):
-        self.source, self.rows = source, rows
-
-    @property
-    def rich(self) -> bool:
-        return self.source.rich
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, row: int) -> Tensor:
-        return self.source.read(int(self.rows[row]))
-
-    def raw(self, row: int) -> bytes:
-        return self.source.raw(int(self.rows[row]))
-
-    def id(self, row: int) -> str:
-        return self.source.id(int(self.rows[row]))
-
-    def path(self, row: int) -> str | None:
-        return self.source.path(int(self.rows[row]))
-
-    def target(self, row: int) -> dict[str, Any]:
-        return self.source.target(int(self.rows[row]))
-
-    def stamp(self, row: int) -> str:
-        return self.source.stamp(int(self.rows[row]))

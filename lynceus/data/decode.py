@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lynceus.core.errors import AdviceError, MissingError
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .avif".split()
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"),
 )
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
@@ -49,7 +50,7 @@ def read_image(
     """The picture in a file, or in the bytes of one, as RGB.
 
     size: (h, w), or the length of the shorter side, to resize to (bilinear with antialiasing).
-    name: what to call bytes in an error. Raises MissingError for a path that is not there, UnreadableError for the rest.
+    name: what to call bytes in an error. Raises MissingError for a path that is not there, else UnreadableError.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         raw, where = bytes(source), name or "the picture"
@@ -195,7 +196,7 @@ def to_image(array: Any) -> UInt8[Tensor, "*b 3 h w"]:
         x = x[:, None]  # many grey pictures (n, h, w)
     if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3, 4):
         raise AdviceError(
-            f"A picture is (h, w), (h, w, 3) or (3, h, w), many are the same with n before; got {tuple(np.shape(array))}."
+            f"A picture is (h, w), (h, w, 3) or (3, h, w), many have n before that; got {tuple(np.shape(array))}."
         )
     x = x[..., :3, :, :]
     if x.shape[-3] == 1:

@@ -1,4 +1,5 @@
-"""scikit-learn's hand-written digits: 1,797 grey pictures of 8 x 8, ten classes, inside the wheel; nothing is downloaded.
+"""scikit-learn's hand-written digits: 1,797 grey pictures of 8 x 8, ten classes, inside the wheel; nothing is
+downloaded.
 
 Source: UCI, "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak), CC BY 4.0.
 """
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 
 from lynceus.core.errors import unknown
-from lynceus.data.dataset import Dataset, Pixels
+from lynceus.data.dataset import Dataset
+from lynceus.data.sources import Pixels
 
 NAMES = [str(i) for i in range(10)]
 

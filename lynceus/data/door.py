@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lynceus.core.errors import AdviceError, MissingError, nearest
+from lynceus.core.errors import AdviceError, MissingError, nearest, unknown
 from lynceus.core.progress import progress
-from lynceus.data.dataset import Dataset, Pixels
+from lynceus.data.dataset import Dataset
 from lynceus.data.decode import UnreadableError, image_size, is_image, resize, to_image
+from lynceus.data.digits import digits
+from lynceus.data.folder import class_folders, read_folder, read_paths
+from lynceus.data.formats import arrays, coco, csv_table, hub, masks, shards, torchvision_sets, voc, yolo
+from lynceus.data.formats.options import Options
+from lynceus.data.sources import Pixels
 
+log = logging.getLogger("lynceus.data")
 SMALL = 64  # pictures of at most this side are held in memory when they fit
 ROOM = 1 << 29  # bytes that pictures held in memory may take unless in_memory=True
+
+
+LAYOUTS = ("folder", "flat", "csv", "coco", "yolo", "voc", "masks", "anomaly", "parquet", "hub", "webdataset", "array")
+_LOOKS = (
+    ("coco", coco),
+    ("yolo", yolo),
+    ("voc", voc),
+    ("hub", hub),
+    ("webdataset", shards),
+    ("array", arrays),
+    ("masks", masks),
+)
+_READERS: dict[str, Any] = dict(_LOOKS) | {"csv": csv_table, "parquet": hub, "anomaly": masks}
 
 
 def open_dataset(
@@ -25,68 +46,147 @@ def open_dataset(
     *,
     split: str | None = None,
     labels: Any = None,
-    columns: dict[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
     size: int | tuple[int, int] | None = None,
     in_memory: bool | None = None,
     limit: int | None = None,
     max_bad: float = 0.05,
     layout: str | None = None,
 ) -> Dataset:
-    """Opens pictures in whatever form they are.
+    """Opens pictures in whatever form they are. Nothing is downloaded.
 
-    source: "digits" | an image folder, with or without class or split folders | a .parquet file or a folder of them |
-        a list of paths | one picture | an array (n, h, w[, c]).
-    split: only this split of a format that names splits. labels: (n,) class indices for an array; False ignores labels.
-    columns: {"image": NAME, "label": NAME} of a table with unusual names. size: resize while reading to (h, w), or to a
-        square of this side. in_memory: hold the pictures as one uint8 tensor; None does when all have one size of at
-        most 64 pixels (or `size` makes them so) and 512 MB hold them.
+    source: "digits" (the default set) | an image folder, with or without class and split folders | CSV or TSV | a COCO
+        .json or its folder | YOLO's data.yaml or its folder | a VOC folder | folders of pictures and masks | parquet or
+        what Hugging Face's save_to_disk wrote | WebDataset .tar files | .npy, .npz, MNIST, CIFAR, SVHN, HDF5 | one
+        picture or a list of paths | an array (n, h, w[, c]) | a torchvision or datasets.Dataset object.
+    split: only this split of a format that names splits. labels: class index (or name) per picture of an array or of a
+        list; False ignores labels. columns: {"image": NAME, "label": NAME} for tables with unusual names.
+    size: resize while reading to (h, w), or to a square of this side. in_memory: hold the pictures as one uint8 tensor;
+        None does so when all have one size of at most 64 pixels (or `size` makes them so) and 512 MB hold them.
     limit: at most this many samples, each class thinned alike. max_bad: unreadable pictures allowed, a number or, below
-        1, a share. layout: skip the guessing and read as this layout.
+        1, a share. layout: one of LAYOUTS, to skip the guessing.
     Raises AdviceError saying what was looked at, as a full path, and what to change.
     """
-    out = _open(source, split=split, labels=labels, columns=columns, max_bad=max_bad, layout=layout)
+    options = Options(labels=labels, columns=dict(columns or {}), max_bad=max_bad)
+    out = _open(source, options, layout, split)
+    if split is not None and out.layout != "digits":
+        out = out.part(split)
     if limit is not None:
         out = out.take(limit)
+    for note in out.notes:
+        log.info("%s: %s", out.origin, note)
     return _in_memory(out, size, in_memory)
 
 
-def _open(
-    source: Any, *, split: str | None, labels: Any, columns: dict[str, str] | None, max_bad: float, layout: str | None
-) -> Dataset:
-    from lynceus.data.digits import digits
-    from lynceus.data.folder import read_folder, read_paths
-    from lynceus.data.table import read_parquet
-
+def _open(source: Any, options: Options, layout: str | None, split: str | None) -> Dataset:
     if isinstance(source, Dataset):
-        return source if split is None else source.part(split)
+        return source
     if isinstance(source, np.ndarray | Tensor):
-        return read_array(source, labels=labels)
+        return read_array(source, labels=options.labels)
     if isinstance(source, list | tuple):
-        return read_paths(source, max_bad=max_bad)
+        return _listed(source, options)
+    if hub.is_hub_dataset(source):
+        return hub.wrap(source, options)
+    if torchvision_sets.detect(source):
+        return torchvision_sets.wrap(source, options)
     if not isinstance(source, str | os.PathLike):
         raise AdviceError(
-            f"data.open takes a path, a list of paths, an array or a Dataset; got {type(source).__name__}."
+            f"data.open takes a path, a list of paths, an array or a dataset; got {type(source).__name__}."
         )
-    if source == "digits" and not os.path.exists("digits"):
+    if str(source) == "digits" and layout is None and not os.path.exists("digits"):
         return digits(split=split)
     path = locate(source)
+    if layout is not None:
+        if layout not in LAYOUTS:
+            raise unknown("layout", layout, LAYOUTS)
+        if layout in _READERS:
+            return _READERS[layout].read(path, options)
+        return read_folder(path, max_bad=options.max_bad, labelled=False if layout == "flat" else None)
+    return detect(path, options)
+
+
+def detect(path: Path, options: Options) -> Dataset:
+    """Reads `path` as the first layout that fits."""
+    if path.is_file() and is_image(path):
+        return read_paths([path], max_bad=options.max_bad, name=path.stem)
+    for _, reader in _LOOKS:
+        if reader.detect(path):
+            return reader.read(path, options)
     if path.is_file():
-        if path.suffix == ".parquet":
-            out = read_parquet([path], name=path.stem, origin=str(path), columns=columns, max_bad=max_bad)
-        elif is_image(path):
-            out = read_paths([path], max_bad=max_bad, name=path.stem)
-        else:
-            raise AdviceError(f"{path} is no dataset that can be read: a folder, .parquet or a picture is wanted.")
-    else:
-        out = read_folder(path, max_bad=max_bad, labelled=False if labels is False else None)
-    return out if split is None else out.part(split)
+        if csv_table.detect(path):
+            return csv_table.read(path, options)
+        if path.suffix.lower() == ".txt":
+            return _listed(
+                [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], options, path
+            )
+        raise _strange_file(path)
+    table = csv_table.usual(path)
+    if table is not None and not class_folders(path):
+        return csv_table.read(path, options)
+    lone = lone_labels(path)
+    if lone is not None:
+        raise lone
+    return read_folder(path, max_bad=options.max_bad, labelled=False if options.labels is False else None)
+
+
+def _listed(paths: Sequence[Any], options: Options, file: Path | None = None) -> Dataset:
+    """A list of paths (relative to the text file that holds them, if one does), or of arrays of one size."""
+    if paths and isinstance(paths[0], np.ndarray | Tensor):
+        return read_array(np.stack([np.asarray(p) for p in paths]), labels=options.labels)
+    base = file.parent if file is not None else Path()
+    out = read_paths([base / p for p in paths], max_bad=options.max_bad, name=file.stem if file else "pictures")
+    if options.labels is None or options.labels is False:
+        return out
+    index, classes = indices(options.labels, len(out))
+    return Dataset(
+        out.source,
+        name=out.name,
+        origin=out.origin,
+        classes=classes,
+        labels=index,
+        max_bad=options.max_bad,
+        layout="list",
+    )
+
+
+def _strange_file(path: Path) -> AdviceError:
+    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz"):
+        return AdviceError(f"{path} is an archive; unpack it and open the folder.")
+    if path.suffix == ".json":
+        return AdviceError(f"{path} is JSON, but no COCO file: it has no `images`, `annotations` and `categories`.")
+    return AdviceError(
+        f"{path} is no dataset that can be read. Files may be .parquet, .csv, .tsv, COCO .json, YOLO "
+        f".yaml, .tar, .npz, .npy, "
+        ".mat, .h5, a .txt list of paths, or a picture."
+    )
+
+
+def lone_labels(path: Path) -> AdviceError | None:
+    """The error for a folder whose labels are plainly lost: images/ of YOLO or VOC without what belongs beside it."""
+    if not (path / "images").is_dir() or any((path / n).is_dir() for n in ("train", "val", "test")):
+        return None
+    inside = [p.name for p in (path / "images").iterdir() if p.is_dir()]
+    if (path / "labels").is_dir() and not any((path / "labels").rglob("*.txt")):
+        return MissingError(
+            f"{path / 'labels'} holds no label file; each picture in {path / 'images'} needs a .txt "
+            f"of the same name (or a "
+            "PNG mask). To use the pictures without labels, open that folder."
+        )
+    lost = not inside or set(inside) <= {"train", "val", "test"}
+    if lost and [p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")] == ["images"]:
+        return MissingError(
+            f"{path} has pictures in images/, but no labels beside it: neither labels/ (YOLO), "
+            f"masks/, a .csv nor a COCO .json. "
+            f"Add them, or open {path / 'images'} for the pictures alone."
+        )
+    return None
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
     """The full path of something on disk. Raises MissingError with where was looked and the nearest name there."""
     text = os.fspath(source)
     path = Path(os.path.abspath(os.path.expanduser(text)))
-    if path.exists():
+    if path.exists() or re.search(r"\{\d+\.\.\d+\}", path.name):
         return path
     if "\\" in text and Path(os.path.abspath(text.replace("\\", "/"))).exists():
         raise MissingError(f"There is no {path}: write the path with / here: {text.replace(chr(92), '/')!r}.")
@@ -114,16 +214,23 @@ def read_array(array: Any, *, labels: Any = None, classes: Sequence[str] | None 
     if labels is False:
         labels = None
     if labels is not None:
-        labels = np.asarray(labels)
-        if len(labels) != len(images):
-            raise AdviceError(f"{len(labels)} labels for {len(images)} pictures; there must be one for each.")
-        if labels.dtype.kind in "US":
-            found = sorted({str(v) for v in labels})
-            classes = classes or found
-            labels = np.array([list(classes).index(str(v)) for v in labels])
-        classes = classes or [str(i) for i in range(int(labels.max()) + 1)]
+        labels, found = indices(labels, len(images))
+        classes = classes or found
     origin = f"an array of shape {tuple(np.shape(array))}"
     return Dataset(Pixels(images), name=name, origin=origin, classes=classes, labels=labels, layout="array")
+
+
+def indices(labels: Any, count: int) -> tuple[np.ndarray, list[str]]:
+    """Labels given as numbers or names, as indices and class names."""
+    values = labels.numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.shape != (count,):
+        raise AdviceError(f"{len(values)} labels for {count} pictures; there must be one for each.")
+    if values.dtype.kind in "US":
+        names = sorted({str(v) for v in values})
+        return np.searchsorted(names, values.astype(str)).astype(np.int64), names
+    if values.dtype.kind not in "iub":
+        raise AdviceError(f"Labels are whole numbers from 0 on, or names; these are {values.dtype}.")
+    return values.astype(np.int64), [str(i) for i in range(int(values.max(initial=-1)) + 1)]
 
 
 def _in_memory(dataset: Dataset, size: int | tuple[int, int] | None, in_memory: bool | None) -> Dataset:
@@ -138,8 +245,8 @@ def _in_memory(dataset: Dataset, size: int | tuple[int, int] | None, in_memory: 
         return load(dataset, mixed=dataset) if _small(dataset) else dataset
     if target is not None and in_memory is None and 3 * target[0] * target[1] * len(dataset) > ROOM:
         raise AdviceError(
-            f"{len(dataset):,} pictures of {target[0]} x {target[1]} need {3 * target[0] * target[1] * len(dataset) / 1e9:.1f} GB "
-            "in memory. Pass in_memory=True if there is room, or give the loader a transform that resizes."
+            f"{len(dataset):,} pictures of {target[0]} x {target[1]} need more than {ROOM >> 20} MB in memory. "
+            " Pass in_memory=True if there is room, or give the loader a transform that resizes."
         )
     return load(dataset, target)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from lynceus.core.errors import AdviceError, MissingError
-from lynceus.data.dataset import Dataset, Files
+from lynceus.data.dataset import Dataset
 from lynceus.data.decode import is_image
+from lynceus.data.sources import Files
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 EMPTY = "the file is empty (0 bytes); copy it again or delete it"
@@ -59,6 +60,18 @@ def split_folders(root: Path) -> list[str]:
     names = _dirs(root)
     named = [n for n in names if n.lower() in SPLITS]
     return named if named and len(named) == len(names) else []
+
+
+def class_folders(root: Path) -> bool:
+    """Whether `root`, or a split folder in it, has at least two folders with pictures right inside."""
+    for place in [root / s for s in split_folders(root)] or [root]:
+        count = 0
+        for name in _dirs(place):
+            with os.scandir(place / name) as entries:
+                count += any(is_image(e.name) for e in entries)
+        if count > 1:
+            return True
+    return False
 
 
 def read_folder(root: Path, *, max_bad: float = 0.05, labelled: bool | None = None) -> Dataset:
@@ -142,9 +155,10 @@ def _empty(root: Path) -> AdviceError:
         return AdviceError(f"The folder {root} is empty. Put pictures there, one folder per class: {root}/cat/1.jpg.")
     archives = [n for n in names if n.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))]
     if archives:
+        module = "zipfile" if archives[0].lower().endswith(".zip") else "tarfile"
         return AdviceError(
             f"There is no picture under {root}, but the archive {archives[0]}. Unpack it there first: "
-            f"python -m {'zipfile' if archives[0].lower().endswith('.zip') else 'tarfile'} -e {root / archives[0]} {root}"
+            f"python -m {module} -e {root / archives[0]} {root}"
         )
     shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     return AdviceError(
@@ -166,7 +180,7 @@ def _single(root: Path, name: str, empty: list[str], parts: list[list[str]], dep
     else:
         more = ""
     return AdviceError(
-        f"{root} has only one class, {name!r}; to tell classes apart there must be at least two, one folder each.{more} "
+        f"{root} has only one class, {name!r}; there must be at least two, one folder each.{more} "
         "To use the pictures without labels, open it with labels=False."
     )
 

@@ -124,7 +124,8 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" in str(error) and ("bus error" in str(error) or "killed" in str(error)):
                 raise AdviceError(
-                    f"A worker process that reads pictures died ({str(error).splitlines()[0]}). Shared memory (/dev/shm) or "
+                    f"A worker process that reads pictures died ({str(error).splitlines()[0]}). "
+                    f"Shared memory (/dev/shm) or "
                     f"memory is too small for {workers} workers: take workers=0 or a smaller batch_size."
                 ) from error
             raise

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.data.dataset import Blobs, Dataset, Files
+from lynceus.data.dataset import Dataset
+from lynceus.data.sources import Blobs, Files
 
 IMAGES = ("image", "img", "images", "picture", "pixel_values", "jpg", "png", "file_name", "path")
 LABELS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
@@ -36,7 +37,7 @@ def read_parquet(
     columns: dict[str, str] | None = None,
     max_bad: float = 0.05,
 ) -> Dataset:
-    """One dataset from parquet files of one schema. columns: {"image": ..., "label": ...} when the names are unusual."""
+    """One dataset from parquet files of one schema. columns, for unusual names: {"image": ..., "label": ...}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -158,6 +159,7 @@ def _labels(column: Any, feature: dict[str, Any], name: str, origin: str) -> tup
     if top >= len(names):
         row = int(np.argmax(labels >= len(names)))
         raise AdviceError(
-            f"{origin}, row {row}: label {top} with only {len(names)} class names; indices go from 0 to {len(names) - 1}."
+            f"{origin}, row {row}: label {top} with only {len(names)} class names; indices go from 0 "
+            f"to {len(names) - 1}."
         )
     return labels, list(names)
