@@ -337,14 +337,14 @@ def _storage_bytes(start: bytes) -> int:
                 kind = last if last.endswith("Storage") else kind
             elif code.name in ("BINPUT", "LONG_BINPUT"):
                 if last.endswith("Storage"):
-                    classes[int(value)] = last
+                    classes[int(value or 0)] = last
                 last = ""
             elif code.name in ("BINGET", "LONG_BINGET"):
-                kind = classes.get(int(value), kind)
+                kind = classes.get(int(value or 0), kind)
             elif code.name == "BINUNICODE":
                 key, last = (str(value) if str(value).isdigit() else key), ""
             elif code.name in ("BININT", "BININT1", "BININT2"):
-                number = int(value)
+                number = int(value or 0)
             elif code.name == "BINPERSID":
                 sizes[key] = number * widths.get(kind.removesuffix("Storage"), 4)
     except (ValueError, EOFError):

@@ -1,4 +1,4 @@
-"""Loading checkpoints into our backbones: ours, the authors', timm's, torchvision's; strict, with a readable account."""
+"""Loading checkpoints into our backbones: ours, the authors', timm's, torchvision's; strict, with an account."""
 
 from __future__ import annotations
 

@@ -47,6 +47,7 @@ class Account:
     notes: list[str] = field(default_factory=list)
     wanted: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of `missing`
     unplaced: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of `unexpected`
+    translated: dict[str, str] = field(default_factory=dict)  # what the rules made of `unexpected`
 
     @property
     def faults(self) -> int:
@@ -76,13 +77,17 @@ class Account:
         """(theirs, ours): an unexpected and a missing name of equal shape that are each other's only likely partner."""
         pairs = []
         free = dict(self.unplaced)
+
+        def near(ours: str, theirs: str) -> float:
+            return max(similarity(ours, theirs), similarity(ours, self.translated.get(theirs, theirs)))
+
         for ours, shape in self.wanted.items():
-            ranked = sorted(((similarity(ours, n), n) for n, s in free.items() if s == shape), reverse=True)
+            ranked = sorted(((near(ours, n), n) for n, s in free.items() if s == shape), reverse=True)
             if not ranked or ranked[0][0] < 0.3 or (len(ranked) > 1 and ranked[0][0] - ranked[1][0] < 0.05):
                 continue
             theirs = ranked[0][1]
             rivals = [o for o, s in self.wanted.items() if s == shape and o != ours]
-            if all(similarity(o, theirs) < ranked[0][0] for o in rivals):
+            if all(near(o, theirs) < ranked[0][0] for o in rivals):
                 pairs.append((theirs, ours))
                 del free[theirs]
         return pairs

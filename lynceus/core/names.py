@@ -97,7 +97,7 @@ def ranges(names: Iterable[str]) -> list[str]:
     out: list[str] = []
 
     def walk(node: Tree, path: str) -> None:
-        grouped = _siblings(node)
+        grouped = siblings(node)
         leaves = [key for key, child in grouped if set(child) == {""}]
         if leaves:
             out.append(path + (leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"))
@@ -117,7 +117,7 @@ def outline(leaves: Mapping[str, Any], show: Callable[[Any], str] = str, *, expa
     lines: list[str] = []
 
     def walk(node: Tree, indent: str, path: str) -> None:
-        grouped = [(k, c) for k, c in node.items() if k] if expand else _siblings(node)
+        grouped = [(k, c) for k, c in node.items() if k] if expand else siblings(node)
         for key, child in grouped:
             below = [k for k in child if k]
             label = path + key
@@ -134,7 +134,7 @@ def outline(leaves: Mapping[str, Any], show: Callable[[Any], str] = str, *, expa
     return lines
 
 
-def _siblings(node: Tree) -> list[tuple[str, Tree]]:
+def siblings(node: Tree) -> list[tuple[str, Tree]]:
     """Children, with runs of consecutive numbers whose subtrees are equal merged into one key {a..b}."""
     out: list[tuple[str, Tree]] = []
     run: list[int] = []

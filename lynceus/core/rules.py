@@ -95,7 +95,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> tuple[dict[
                 entry.done.append(
                     rule.transform
                     if isinstance(rule.transform, str)
-                    else getattr(rule.transform, "__name__", "function")
+                    else rule.transform.__name__.replace("<lambda>", "reshaping")
                 )
             name = None if rule.name is None else re.sub(rule.pattern, rule.name, name)
         if name is None:
@@ -153,7 +153,7 @@ def match(
     bare, wrappers = strip_wrappers(state, own)
     entries, dropped = translate(rules, {bare[n]: v for n, v in state.items()})
     account = Account(wrappers=wrappers)
-    account.dropped = [(n, "a rule drops it") for n in dropped]
+    account.dropped = [(n, "rebuilt by the model" if _rebuilt(n) else "a rule drops it") for n in dropped]
     values: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if name not in own:
@@ -161,8 +161,9 @@ def match(
             (account.dropped.append((entry.origin, why)) if why else account.unexpected.append(entry.origin))
             if not why:
                 account.unplaced[entry.origin] = tuple(entry.value.shape)
+                account.translated[entry.origin] = name
             continue
-        if name.rsplit(".", 1)[-1] in REBUILT and not torch.is_floating_point(own[name]):
+        if _rebuilt(name) and not torch.is_floating_point(own[name]):
             account.dropped.append((entry.origin, "rebuilt by the model"))
             account.untouched.append(name)
             continue
@@ -230,7 +231,7 @@ def _what_is_missing(
         if id(target) in placed:
             twin = next(n for n in values if own[n] is target)
             account.tied.append((name, twin))
-        elif name in buffers and (name.rsplit(".", 1)[-1] in REBUILT or not torch.is_floating_point(target)):
+        elif name in buffers and (_rebuilt(name) or not torch.is_floating_point(target)):
             account.untouched.append(name)
         elif head and name.startswith(head + "."):
             account.fresh.append(name)
@@ -240,13 +241,17 @@ def _what_is_missing(
 
 
 def _why_ignored(name: str, origin: str, ignore: Sequence[str], head: str | None) -> str:
-    if name.rsplit(".", 1)[-1] in REBUILT:
+    if _rebuilt(name):
         return "rebuilt by the model"
     if head and name.startswith(head + "."):
         return "head dropped"
     if any(re.search(p, name) or re.search(p, origin) for p in ignore):
         return "ignored as asked"
     return ""
+
+
+def _rebuilt(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in REBUILT
 
 
 def _put(out: dict[str, Translated], name: str, entry: Translated) -> None:

@@ -81,8 +81,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
             f"{path} is JSON but no parity record: a record has 'family', 'config', 'state', 'inputs' and 'outputs'."
         )
     if record["family"] not in FAMILIES and record["family"] not in KINDS:
-        error = unknown("family", record["family"], families(), how=f"({path} asks for it.)")
-        raise AdviceError(f"{error} Families that can be checked: {', '.join(families())}.")
+        advice = unknown("family", record["family"], families(), how=f"({path} asks for it.)")
+        raise AdviceError(f"{advice} Families that can be checked: {', '.join(families())}.")
     if record["family"] in FAMILIES:
         lacking = [k for k in ("config", "state", "inputs", "outputs") if not isinstance(record.get(k), dict)]
         if lacking:
@@ -263,4 +263,5 @@ def _call(build: Callable[..., nn.Module], config: Mapping[str, Any], record: Ma
 
 def _named(where: str) -> Callable[..., Any]:
     module, _, function = where.partition(":")
-    return getattr(import_module(module), function)
+    found: Callable[..., Any] = getattr(import_module(module), function)
+    return found
