@@ -42,8 +42,8 @@ def read_state(path: Path) -> dict[str, Any]:
 # predictors ---------------------------------------------------------------------------------------
 def exportable(model: nn.Module) -> bool:
     """True for what `save_model` can write: a Task's module, or a Backbone."""
-    return (
-        hasattr(model, "task") and hasattr(model, "backbone") or (hasattr(model, "config") and hasattr(model, "stages"))
+    return (hasattr(model, "task") and hasattr(model, "backbone")) or (
+        hasattr(model, "config") and hasattr(model, "stages")
     )
 
 

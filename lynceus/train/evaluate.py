@@ -3,8 +3,6 @@ and the pictures it got most wrong."""
 
 from __future__ import annotations
 
-import io
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.plots import confusion, image_grid, lines
 from lynceus.core.progress import progress
-from lynceus.core.report import Report
+from lynceus.core.report import Report, environment
 from lynceus.core.subject import Subject
 from lynceus.core.types import Batch, Sample, collate
 from lynceus.data.decode import UnreadableError
@@ -73,7 +72,7 @@ class Evaluate:
         if len(classes) != scores.shape[1]:
             raise AdviceError(f"{subject.name} gives {scores.shape[1]} outputs for {len(classes)} classes.")
         numbers, rows, matrix = summarise(scores, labels, classes)
-        report = Report(name=f"accuracy of {subject.name}", summary=numbers, environment=_environment(seed))
+        report = Report(name=f"accuracy of {subject.name}", summary=numbers, environment=environment(seed))
         report.summary["images"] = float(len(labels))
         if not self.details:
             return report
@@ -82,7 +81,7 @@ class Evaluate:
         report.arrays |= {"scores": scores.numpy(), "labels": labels.numpy()}
         if labels.ndim == 1:
             report.arrays["confusion"] = matrix
-            report.figures["confusion matrix.plotly"] = confusion_figure(matrix, classes)
+            report.figures["confusion matrix.plotly"] = confusion(matrix, classes)
             report.figures["calibration.plotly"] = calibration_figure(scores, labels)
             self._show_worst(report, data, scores, labels, classes, ids)
         return report
@@ -101,7 +100,7 @@ class Evaluate:
             f"{classes[int(labels[i])]} → {classes[int(scores[i].argmax())]} {float(scores[i].max()):.0%}"
             for i in order
         ]
-        report.figures["worst pictures.png"] = picture_grid([data[i].image for i in order], captions)
+        report.figures["worst pictures.png"] = image_grid([data[i].image for i in order], captions, columns=6)
         report.arrays["worst"] = np.array(order)
 
 
@@ -129,7 +128,7 @@ def batches(data: Any, subject: Any, size: int) -> Iterator[Batch]:
             sample = Sample(
                 image=resized(sample.image, target, policy), label=sample.label, id=sample.id, path=sample.path
             )
-        if waiting and waiting[0].image.shape != sample.image.shape or len(waiting) == size:
+        if (waiting and waiting[0].image.shape != sample.image.shape) or len(waiting) == size:
             yield _stack(waiting)
             waiting = []
         waiting.append(sample)
@@ -164,40 +163,7 @@ def _length(data: Any) -> int | None:
     return len(data) if hasattr(data, "__len__") else None
 
 
-def _environment(seed: int) -> dict[str, str]:
-    from lynceus.core.report import environment
-
-    return environment(seed)
-
-
 # figures ------------------------------------------------------------------------------------------
-def confusion_figure(matrix: np.ndarray, classes: Any) -> bytes:
-    """A heat map: rows are the true classes, columns what was said; the share of the row is the colour."""
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    names = [str(c) for c in classes]
-    figure = {
-        "data": [
-            {
-                "type": "heatmap",
-                "z": share.tolist(),
-                "x": names,
-                "y": names,
-                "customdata": matrix.tolist(),
-                "hovertemplate": "%{y} taken for %{x}: %{customdata} images (%{z:.1%})<extra></extra>",
-                "colorscale": "Blues",
-                "zmin": 0,
-                "zmax": 1,
-            }
-        ],
-        "layout": {
-            "title": {"text": "confusion matrix"},
-            "xaxis": {"title": {"text": "predicted"}, "type": "category"},
-            "yaxis": {"title": {"text": "true"}, "type": "category", "autorange": "reversed"},
-        },
-    }
-    return json.dumps(figure).encode()
-
-
 def calibration_figure(scores: Tensor, labels: Tensor, bins: int = 15) -> bytes:
     """How often the model is right where it is so sure: accuracy per bin of confidence."""
     known = labels >= 0
@@ -208,32 +174,6 @@ def calibration_figure(scores: Tensor, labels: Tensor, bins: int = 15) -> bytes:
     keep = count > 0
     x = torch.bincount(at, sure.double(), bins)[keep] / count[keep]
     y = torch.bincount(at, right.double(), bins)[keep] / count[keep]
-    figure = {
-        "data": [
-            {"type": "scatter", "mode": "lines", "name": "perfect", "x": [0, 1], "y": [0, 1], "line": {"dash": "dot"}},
-            {"type": "scatter", "mode": "lines+markers", "name": "this model", "x": x.tolist(), "y": y.tolist(), "text": [f"{n} images" for n in count[keep].tolist()]},
-        ],
-        "layout": {"title": {"text": "calibration"}, "xaxis": {"title": {"text": "confidence"}}, "yaxis": {"title": {"text": "accuracy"}}},
-    }  # fmt: skip
-    return json.dumps(figure).encode()
-
-
-def picture_grid(images: list[Tensor], captions: list[str], side: int = 112, columns: int = 6) -> bytes:
-    """A png with the pictures and a line of text below each."""
-    from PIL import Image, ImageDraw
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    rows = max(1, -(-len(images) // columns))
-    cell, text = side + 8, 18
-    page = Image.new("RGB", (columns * cell, rows * (cell + text)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = (i % columns) * cell + 4, (i // columns) * (cell + text) + 4
-        scale = side / max(image.shape[-2:])
-        size = (max(1, round(image.shape[-1] * scale)), max(1, round(image.shape[-2] * scale)))
-        how = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
-        page.paste(to_pil_image(image).convert("RGB").resize(size, how), (x, y))
-        draw.text((x, y + side + 2), caption[:20], fill="black", font_size=11)
-    out = io.BytesIO()
-    page.save(out, "PNG")
-    return out.getvalue()
+    return lines(
+        {"perfect": ([0, 1], [0, 1]), "this model": (x, y)}, x_title="confidence", y_title="accuracy", markers=True
+    )

@@ -3,6 +3,7 @@ so that workers, interruptions and the number of processes change nothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -253,4 +254,4 @@ def pieces(batch: Any, count: int) -> list[tuple[Any, int]]:
     if count <= 1:
         return [(batch, total)]
     edges = [total * i // count for i in range(count + 1)]
-    return [(pick(batch, slice(a, b)), b - a) for a, b in zip(edges, edges[1:]) if b > a]
+    return [(pick(batch, slice(a, b)), b - a) for a, b in itertools.pairwise(edges) if b > a]

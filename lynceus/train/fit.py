@@ -6,11 +6,7 @@ Hugging Face Accelerate places modules, scales half-precision losses and runs se
 
 from __future__ import annotations
 
-import copy
 import os
-import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,11 +22,15 @@ from lynceus.core import rng
 from lynceus.core.config import differences, to_dict
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.core.nouns import Check, Recipe
+from lynceus.core.plots import lines
 from lynceus.core.progress import progress
 from lynceus.core.report import Report
 from lynceus.core.subject import Subject
 from lynceus.train.checkpoint import exportable, read_state, save_model, write_state
+from lynceus.train.ema import Ema
 from lynceus.train.feed import Feed, as_map, known_labels, pieces
+from lynceus.train.guard import Interrupted as Interrupted
+from lynceus.train.guard import memory_advice, not_finite, seed_everything, signals
 from lynceus.train.log import Clock, RunFolder, Table
 from lynceus.train.optim import SCHEDULES, lr_factor, make_optimizer, set_lr
 
@@ -103,33 +103,6 @@ class FitConfig:
 
 # options that change how a run goes, not what comes out
 _HARMLESS = frozenset({"workers", "save_every", "log_every", "quiet", "seconds", "device", "evaluate_every"})
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (or a polite SIGTERM) during fit; the text says where the checkpoint is and how to go on."""
-
-
-class Ema:
-    """Exponential moving average of everything a recipe holds, as a recipe of its own. The decay grows from 0.1 to its
-    value, min(decay, (1 + step) / (10 + step)), so that short runs are averaged too."""
-
-    def __init__(self, recipe: Recipe, decay: float):
-        self.decay = decay
-        self.recipe = copy.deepcopy(recipe).requires_grad_(False)
-        pairs = list(zip(_tensors(self.recipe), _tensors(recipe)))
-        self.soft = [(a, b) for a, b in pairs if a.is_floating_point()]
-        self.hard = [(a, b) for a, b in pairs if not a.is_floating_point()]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([a for a, _ in self.soft], [b for _, b in self.soft], 1 - decay)
-        for a, b in self.hard:
-            a.copy_(b)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*(p.data for p in module.parameters()), *module.buffers()]
 
 
 def fit(
@@ -285,7 +258,7 @@ class _Run:
             done=first * feed.batch,
             quiet=config.quiet or not self.main,
         )
-        with bar, _signals(self), _memory_advice(config):
+        with bar, signals(self), memory_advice(config.batch_size, config.accumulate):
             source = f" in {self.out.resolve()}" if self.out else ""
             if first:
                 bar.note(f"resuming at step {first} of {self.total}{source}")
@@ -312,7 +285,7 @@ class _Run:
         config, accelerator, step = self.config, self.accelerator, self.step
         lr = config.lr * lr_factor(step, self.total, config.schedule, config.warmup, config.final_lr)
         set_lr(self.optimizer, lr)
-        _seed_everything(rng.derive(config.seed, "step", step, self.rank))
+        seed_everything(rng.derive(config.seed, "step", step, self.rank))
         if config.channels_last and hasattr(batch, "image"):
             batch.image = batch.image.contiguous(memory_format=torch.channels_last)
         parts = pieces(batch, config.accumulate)
@@ -333,7 +306,7 @@ class _Run:
                 if loss.ndim:
                     raise AdviceError(f"The loss must be one number, not a tensor {tuple(loss.shape)}; take its mean.")
                 if (self.device.type == "cpu" or step % config.log_every == 0) and not bool(torch.isfinite(loss)):
-                    raise self._not_finite({k: v for k, v in losses.items() if isinstance(v, Tensor)}, part, lr)
+                    raise self._diverged({k: v for k, v in losses.items() if isinstance(v, Tensor)}, part, lr)
                 accelerator.backward(loss if weight == 1 else loss * weight)
             for name, value in losses.items():
                 number = (
@@ -346,7 +319,7 @@ class _Run:
         if config.clip:
             norm = accelerator.clip_grad_norm_(self.parameters, config.clip)
             if accelerator.scaler is None and self.device.type == "cpu" and not bool(torch.isfinite(norm)):
-                raise self._not_finite(terms, batch, lr)
+                raise self._diverged(terms, batch, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -430,7 +403,7 @@ class _Run:
             if found is not None:
                 report.rows, report.figures, report.arrays = found.rows, dict(found.figures), dict(found.arrays)
                 report.notes += found.notes
-            steps, losses = self.log.column("loss")
+            _steps, losses = self.log.column("loss")
             report.summary = {
                 **(found.summary if found is not None else {}),
                 **({"train_loss": losses[-1]} if losses else {}),
@@ -455,7 +428,7 @@ class _Run:
             self._curves(report)
             self._keep("last", self.recipe.export())
             if self.out is not None:
-                _save_report(report, self.out)
+                report.save(self.out)
         self.accelerator.wait_for_everyone()
         return report
 
@@ -467,7 +440,7 @@ class _Run:
             }
             series = {k: v for k, v in series.items() if v[0]}
             if series:
-                report.figures[f"{name}.plotly"] = _plotly_lines(series, title=name)
+                report.figures[f"{name}.plotly"] = lines(series, x_title="step", y_title=name)
         for table, prefix in ((self.log, "log"), (self.metrics, "metrics")):
             for column in dict.fromkeys(k for r in table.rows for k in r):
                 report.arrays[f"{prefix}.{column}"] = np.array([r.get(column, float("nan")) for r in table.rows])
@@ -483,7 +456,7 @@ class _Run:
         if self.folder.state is None:
             return
         if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
-            raise self._not_finite({}, None, float("nan"))  # the checkpoint before this one stays
+            raise self._diverged({}, None, float("nan"))  # the checkpoint before this one stays
         write_state(
             self.folder.state,
             {
@@ -525,38 +498,18 @@ class _Run:
             where = f"saved in {self.out.resolve()}; go on with fit(..., out={str(self.out)!r}, resume=True), or the same command with --resume"
         raise Interrupted(f"Stopped by {self.stop} after step {self.step} of {self.total}: {where}.")
 
-    def _not_finite(self, terms: dict[str, Tensor], batch: Any, lr: float) -> AdviceError:
-        bad = [f"{k} = {float(v):g}" for k, v in terms.items() if v.ndim == 0 and not bool(torch.isfinite(v))]
-        origin = "every input, weight and gradient is still finite, so it arose inside this forward pass"
-        image = getattr(batch, "image", batch)
-        named = [(n, p) for n, p in self.recipe.named_parameters() if p.requires_grad]
-        if isinstance(image, Tensor) and not bool(torch.isfinite(image.float()).all()):
-            which = (~torch.isfinite(image.float()).flatten(1).all(1)).nonzero()[0].item()
-            ids = getattr(batch, "ids", None) or []
-            origin = f"the images themselves are not finite (first: number {which} of the batch{', ' + ids[which] if len(ids) > which else ''})"
-        elif name := next((n for n, p in named if not bool(torch.isfinite(p).all())), None):
-            origin = f"the first weight that is not finite is {name}"
-        elif name := next((n for n, p in named if p.grad is not None and not bool(torch.isfinite(p.grad).all())), None):
-            origin = f"the first gradient that is not finite is that of {name}"
-        last = (
-            f" The last good checkpoint is {self.folder.state}."
-            if self.folder.state and self.folder.state.is_file()
-            else ""
-        )
+    def _diverged(self, terms: dict[str, Tensor], batch: Any, lr: float) -> AdviceError:
+        config, state = self.config, self.folder.state
+        last = f" The last good checkpoint is {state}." if state and state.is_file() else ""
+        bf16 = ", precision='bf16'" if config.precision == "fp16" else ""
         return AdviceError(
-            f"Training diverged at step {self.step} of {self.total} (epoch {self.step / self.feed.per_epoch:.1f}, lr {lr:.3g}): "
-            f"{', '.join(bad) or 'weights are not finite'}; {origin}. Try lr={self.config.lr / 4:g}, a longer warmup, "
-            f"clip=1.0{', precision=bf16' if self.config.precision == 'fp16' else ''}, and look at data.check().{last}"
+            f"Training diverged at step {self.step} of {self.total} (epoch {self.step / self.feed.per_epoch:.1f}, "
+            f"lr {lr:.3g}): {not_finite(self.recipe, terms, batch)}. Try lr={config.lr / 4:g}, a longer warmup, "
+            f"clip=1.0{bf16}, and look at data.check().{last}"
         )
 
 
 # what the loop borrows ----------------------------------------------------------------------------
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 @contextmanager
 def _accelerator(config: FitConfig) -> Iterator[Any]:
     """An Accelerator of this run's own; Accelerate keeps its settings in a singleton, which is cleared around it."""
@@ -577,7 +530,7 @@ def _accelerator(config: FitConfig) -> Iterator[Any]:
     ):
         raise AdviceError("precision='fp16' needs a GPU; on a CPU use precision='bf16' or 'no'.")
     try:
-        accelerator = Accelerator(cpu=wanted == "cpu" or not torch.cuda.is_available() and wanted == "auto" and not alone,
+        accelerator = Accelerator(cpu=wanted == "cpu" or (not torch.cuda.is_available() and wanted == "auto" and not alone),
                                   mixed_precision=config.precision)  # fmt: skip
         yield accelerator
     finally:
@@ -587,56 +540,5 @@ def _accelerator(config: FitConfig) -> Iterator[Any]:
         os.environ.update(before)
 
 
-@contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """Inside, the first Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if run.stop is not None:
-            raise KeyboardInterrupt
-        run.stop = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
-@contextmanager
-def _memory_advice(config: FitConfig) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        short = (
-            isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "out of memory" in text
-            or "allocate memory" in text
-        )
-        if not short or isinstance(error, AdviceError):
-            raise
-        raise AdviceError(
-            f"A step of {config.batch_size} images does not fit into memory. Compute it in parts, with the same result: "
-            f"accumulate={config.accumulate * 2}; or batch_size={max(1, config.batch_size // 2)}, precision='bf16', smaller images."
-        ) from error
-
-
 def _kind(value: Any) -> str:
     return f"a dict with {sorted(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-
-
-def _plotly_lines(series: dict[str, tuple[list[float], list[float]]], *, title: str) -> bytes:
-    import json
-
-    data = [{"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y} for name, (x, y) in series.items()]
-    layout = {"title": {"text": title}, "xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": title}}}
-    return json.dumps({"data": data, "layout": layout}).encode()
-
-
-def _save_report(report: Report, out: Path) -> None:
-    report.save(out)
