@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import tyro
 
 import lynceus
-from lynceus.core.config import dump_yaml, from_dict, load_yaml
+from lynceus.core.config import dump_yaml, from_dict, load_yaml, to_dict
 from lynceus.core.errors import AdviceError, unknown
 
 _NAMES: dict[str, Any] = {
@@ -88,7 +88,7 @@ def _from_source(target: str) -> type:
     for other, path in imported.items():
         if _mentions(node, other):
             names[other] = _from_source(path)
-    helps = _helps(node, lines)
+    helps, doc = _helps(node, lines)
     bases = tuple(eval(compile(ast.Expression(b), module, "eval"), names) for b in node.bases if not _is_protocol(b))
     fields: list[tuple[str, Any, Any]] = []
     for item in node.body:
@@ -109,7 +109,7 @@ def _from_source(target: str) -> type:
                 value = dataclasses.field(default=value) if immutable else dataclasses.field(default_factory=lambda v=value: v)
             fields.append((item.target.id, hint, value))
     made = dataclasses.make_dataclass(name, fields, bases=bases, frozen=True, kw_only=True)
-    made.__doc__ = ast.get_docstring(node) or name
+    made.__doc__ = doc
     made.__lynceus__ = target  # type: ignore[attr-defined]
     return made
 
@@ -126,17 +126,19 @@ def _mentions(node: ast.ClassDef, name: str) -> bool:
     return any(isinstance(n, ast.Name) and n.id == name for w in wanted for n in ast.walk(w))
 
 
-def _helps(node: ast.ClassDef, lines: list[str]) -> dict[str, str]:
-    """Help per field: the comment behind it, or "name: text" in the docstring."""
+def _helps(node: ast.ClassDef, lines: list[str]) -> tuple[dict[str, str], str]:
+    """Help per field (the comment behind it, or "name: text" in the docstring), and the docstring without those."""
     names = [i.target.id for i in node.body if isinstance(i, ast.AnnAssign) and isinstance(i.target, ast.Name)]
     out: dict[str, str] = {}
-    doc = ast.get_docstring(node) or ""
+    doc = ast.get_docstring(node) or node.name
+    rest = doc
     if names:
         any_name = "|".join(map(re.escape, names))
         head = rf"(?:^|(?<=[.;\n]))\s*((?:{any_name})(?:\s*[,/]\s*(?:{any_name}))*)\s*:\s+"
         marks = list(re.finditer(head, doc))
         for mark, after in zip(marks, [*marks[1:], None]):
             text = doc[mark.end() : after.start() if after else len(doc)].split("\n\n")[0]
+            rest = rest.replace(doc[mark.start() : mark.end()] + text, "\n")
             for name in re.split(r"\s*[,/]\s*", mark.group(1)):
                 out[name] = " ".join(text.split())
     for item in node.body:
@@ -144,7 +146,7 @@ def _helps(node: ast.ClassDef, lines: list[str]) -> dict[str, str]:
             tail = lines[(item.end_lineno or item.lineno) - 1][item.end_col_offset or 0 :]
             if "#" in tail:
                 out[item.target.id] = tail.split("#", 1)[1].strip()
-    return out
+    return out, re.sub(r"\s*\n\s*", " ", re.sub(r"\n{2,}", "\n\n", rest)).strip()
 
 
 def real(value: Any) -> Any:
@@ -163,7 +165,7 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -
 
     In YAML, nested names may be written nested or flat; an unknown one is an error that names the nearest."""
     argv = list(argv)
-    path = _take(argv, "--config")
+    path = take_option(argv, "--config")
     show = "--print-config" in argv
     if show:
         argv.remove("--print-config")
@@ -172,6 +174,7 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -
         prog=prog,
         description=(description or cls.__doc__ or "") + "\n\nAlso: --config FILE.yaml (defaults for all of these), --print-config.",
         args=argv,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
         default=tyro.MISSING_NONPROP if path is None else _with_yaml(cls, load_yaml(path)),
     )
     if show:
@@ -180,11 +183,11 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -
     return options
 
 
-def _take(argv: list[str], flag: str) -> str | None:
+def take_option(argv: list[str], flag: str) -> str | None:
     for i, arg in enumerate(argv):
         if arg == flag:
             if i + 1 >= len(argv):
-                raise AdviceError(f"{flag} needs a file: {flag} run.yaml")
+                raise AdviceError(f"{flag} needs a value behind it.")
             value = argv[i + 1]
             del argv[i : i + 2]
             return value
@@ -208,15 +211,35 @@ def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
     return from_dict(cls, values, where="configuration", given={n: tyro.MISSING for n in required if n not in values})
 
 
-def with_options(base: type, **nested: str) -> type:
-    """`base` plus one field per nested configuration, whose flags carry no prefix: with_options(Options, fit="module:Class")."""
+def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested: str) -> type:
+    """`base` plus one field per nested configuration, whose flags carry no prefix: with_options(Options, fit="module:Class").
+
+    defaults: instances of the real classes whose values take the place of the classes' own."""
+    tree, lines = _tree(base.__module__)
+    node = next(i for i in tree.body if isinstance(i, ast.ClassDef) and i.name == base.__name__)
+    helps, doc = _helps(node, lines)
+    hints = typing.get_type_hints(base, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(base):
+        hint = typing.Annotated[hints[f.name], tyro.conf.arg(help=helps[f.name])] if f.name in helps else hints[f.name]
+        fields.append((f.name, hint, _same(f)))
     for name, target in nested.items():
         made = skeleton(target)
-        fields.append((name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default_factory=made)))
-    out = dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True, kw_only=True)
-    out.__doc__ = base.__doc__
+        start = (defaults or {}).get(name)
+        default = made() if start is None else from_dict(made, to_dict(start))
+        fields.append((name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default=default)))
+    out = dataclasses.make_dataclass(base.__name__, fields, frozen=True, kw_only=True)
+    out.__doc__ = doc
     return out
+
+
+def _same(f: dataclasses.Field[Any]) -> Any:
+    """A fresh field with the default of `f`."""
+    if f.default is not dataclasses.MISSING:
+        return dataclasses.field(default=f.default)
+    if f.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=f.default_factory)
+    return dataclasses.field()
 
 
 def one_of(kind: str, table: dict[str, tuple[str, str]], argv: Sequence[str], *, usage: str) -> tuple[str | None, list[str]]:

@@ -35,7 +35,7 @@ class Options:
     data: Positional[str] = "digits"  # digits, a folder, a .parquet, .csv or .json file
     split: str | None = None  # train, val or test, where the source has them
     limit: int | None = None  # look at this many images, spread evenly
-    size: int | None = None  # side that images are resized to before the model; default: as they are
+    resize: int | None = None  # side that images are resized to before the model; default: as they are
     weights: Path | None = None  # checkpoint for a model given by name
     seed: int = 0  # of every random choice
     out: Path | None = None  # folder for report.html and report.json
@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
     check = real(options.check)
     classes = len(dataset.classes) if dataset.classes else None
     model = open_model(options.model, weights=options.weights, num_classes=classes)
-    report = check(Subject(model, size=options.size), dataset, seed=options.seed)
+    report = check(Subject(model, size=options.resize), dataset, seed=options.seed)
     line, expression = twin_of(options.model, weights=options.weights, num_classes=classes)
     module, kind = target.split(":")
     more = "".join(f", {k}={v!r}" for k, v in (("split", options.split), ("limit", options.limit)) if v is not None)
-    size = f", size={options.size}" if options.size else ""
+    size = f", size={options.resize}" if options.resize else ""
     twin = (
         f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n"
         f"data = lynceus.data.open({options.data!r}{more})\n"
