@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.backbones._base import Backbone, BackboneConfig
+from lynceus.backbones._groups import inside
 from lynceus.core.errors import AdviceError, OptionError, unknown
 from lynceus.core.shapes import pad_image
 from lynceus.core.types import Stage
@@ -114,7 +115,7 @@ class TimmBackbone(Backbone):
         return self.model(self.fitted(image))
 
     def fitted(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
-        """The image as timm's model takes it: padded where that is needed, an AdviceError where no size but one fits."""
+        """The image as timm's model takes it: padded where needed; an AdviceError where no size but one fits."""
         if self.sizes == "padded":
             return pad_image(image, self.multiple)
         if self.sizes == "fixed" and tuple(image.shape[-2:]) != self.size:
@@ -140,7 +141,7 @@ class TimmBackbone(Backbone):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {k: _below(v) for k, v in self.model.group_matcher(coarse=coarse).items()}
+        return inside(self.model.group_matcher(coarse=coarse), "model")
 
     def no_weight_decay(self) -> set[str]:
         names = getattr(self.model, "no_weight_decay", set)()
@@ -150,10 +151,10 @@ class TimmBackbone(Backbone):
 def create_timm(
     name: str, *, num_classes: int = 1000, in_chans: int = 3, changes: Mapping[str, Any] | None = None
 ) -> TimmBackbone:
-    """A timm model by its name ("resnet50", "resnet50.a1_in1k"), with random weights unless changes say pretrained=True.
+    """A timm model by its name ("resnet50", "resnet50.a1_in1k"); random weights unless changes say pretrained=True.
 
-    changes: fields of TimmConfig, or arguments of timm's class. An unknown name or argument is an OptionError that names
-    the nearest.
+    changes: fields of TimmConfig, or arguments of timm's class. An unknown name or argument is an OptionError that
+    names the nearest.
     """
     import timm
 
@@ -292,12 +293,3 @@ def _sizes(model: nn.Module, config: TimmConfig, size: tuple[int, int], multiple
     if takes(h + multiple, w + 2 * multiple) and takes(h - multiple, w):
         return "padded"
     return "fixed" if takes(h, w) else "any"
-
-
-def _below(rule: Any) -> Any:
-    """A rule of timm's group_matcher, for names that begin with "model."."""
-    if isinstance(rule, str):
-        return rule.replace("^", "^model\\.") if "^" in rule else f"^model\\..*{rule}"
-    if isinstance(rule, Sequence):
-        return [(_below(first), *rest) for first, *rest in rule]
-    return rule
