@@ -8,8 +8,10 @@ default computed at run time), the class itself is imported.
 from __future__ import annotations
 
 import ast
+import collections.abc
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -31,6 +33,7 @@ _NAMES: dict[str, Any] = {
     "Literal": Literal,
     "Path": Path,
     "Sequence": Sequence,
+    "Tensor": type("Tensor", (), {}),
     "dataclass": dataclasses.dataclass,
     "dataclasses": dataclasses,
     "field": dataclasses.field,
@@ -94,7 +97,9 @@ def _from_source(target: str) -> type:
     for item in node.body:
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
             continue
-        hint = eval(compile(ast.Expression(item.annotation), module, "eval"), names)
+        if item.value is not None and "repr=False" in ast.unparse(item.value):
+            continue  # not an option: handed over in Python only
+        hint = _without_functions(eval(compile(ast.Expression(item.annotation), module, "eval"), names))
         if typing.get_origin(hint) is ClassVar or hint is ClassVar:
             continue
         text = helps.get(item.target.id)
@@ -112,6 +117,14 @@ def _from_source(target: str) -> type:
     made.__doc__ = doc
     made.__lynceus__ = target  # type: ignore[attr-defined]
     return made
+
+
+def _without_functions(hint: Any) -> Any:
+    """A union without its functions, which no flag can name."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kept = [a for a in typing.get_args(hint) if typing.get_origin(a) is not collections.abc.Callable]
+        return typing.Union[tuple(kept)]  # noqa: UP007
+    return hint
 
 
 def _is_protocol(base: ast.expr) -> bool:
@@ -207,8 +220,8 @@ def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
         inside = [home for home, names in homes.items() if name in names]
         if len(inside) == 1:
             values[inside[0]] = {**values.get(inside[0], {}), name: values.pop(name)}
-    required = [f.name for f in own if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    return from_dict(cls, values, where="configuration", given={n: tyro.MISSING for n in required if n not in values})
+    given = {n: tyro.MISSING for n in _required(cls) if n not in values}
+    return from_dict(cls, values, where="configuration", given=given)
 
 
 def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested: str) -> type:
@@ -224,13 +237,43 @@ def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested
         hint = typing.Annotated[hints[f.name], tyro.conf.arg(help=helps[f.name])] if f.name in helps else hints[f.name]
         fields.append((f.name, hint, _same(f)))
     for name, target in nested.items():
-        made = skeleton(target)
+        made = _without(skeleton(target), {f.name for f in dataclasses.fields(base)})
         start = (defaults or {}).get(name)
-        default = made() if start is None else from_dict(made, to_dict(start))
-        fields.append((name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default=default)))
+        known = {f.name for f in dataclasses.fields(made)}
+        blank = dataclasses.field()
+        if start is not None:
+            blank = dataclasses.field(default=from_dict(made, {k: v for k, v in to_dict(start).items() if k in known}))
+        elif not _required(made):
+            blank = dataclasses.field(default=made())
+        fields.append((name, tyro.conf.OmitArgPrefixes[made], blank))
     out = dataclasses.make_dataclass(base.__name__, fields, frozen=True, kw_only=True)
     out.__doc__ = doc
     return out
+
+
+def _required(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+
+
+def _without(made: type, names: set[str]) -> type:
+    """A skeleton without the fields that the command itself has under the same name (see `merged`)."""
+    if not names & {f.name for f in dataclasses.fields(made)}:
+        return made
+    hints = typing.get_type_hints(made, include_extras=True)
+    fields = [(f.name, hints[f.name], _same(f)) for f in dataclasses.fields(made) if f.name not in names]
+    out = dataclasses.make_dataclass(made.__name__, fields, frozen=True, kw_only=True)
+    out.__doc__ = made.__doc__
+    out.__lynceus__ = made.__dict__.get("__lynceus__") or f"{made.__module__}:{made.__qualname__}"  # type: ignore[attr-defined]
+    return out
+
+
+def merged(options: Any, name: str) -> Any:
+    """The real nested configuration, with the command's own values for fields that both have."""
+    made = real(getattr(options, name))
+    own = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    shared = {f.name: own[f.name] for f in dataclasses.fields(made) if f.name in own and own[f.name] is not None}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in shared.items()}
+    return dataclasses.replace(made, **plain) if plain else made
 
 
 def _same(f: dataclasses.Field[Any]) -> Any:

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from lynceus.cli._models import open_model, twin_of
 from lynceus.cli._run import show
-from lynceus.cli._schema import one_of, parse, real, with_options
+from lynceus.cli._schema import merged, one_of, parse, with_options
 
 # name -> (class, one line)
 CHECKS: dict[str, tuple[str, str]] = {
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.core.subject import Subject
 
     dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
-    check = real(options.check)
+    check = merged(options, "check")
     classes = len(dataset.classes) if dataset.classes else None
     model = open_model(options.model, weights=options.weights, num_classes=classes)
     report = check(Subject(model, size=options.resize), dataset, seed=options.seed)

@@ -10,7 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lynceus.cli._run import Code, call, show
-from lynceus.cli._schema import parse, real, take_option, with_options
+from lynceus.cli._schema import merged, parse, take_option, with_options
 from lynceus.core.config import dump_yaml
 
 CONFIG = "lynceus.gauntlet.run:GauntletConfig"
@@ -53,7 +53,7 @@ def main(argv: Sequence[str], *, verb: str = "gauntlet", preset: str | None = No
     data = dataset if options.test is None else (dataset, lynceus.data.open(options.test))
     if not options.quiet:
         print(f"data: {dataset!r}\ncandidates: {', '.join(options.models)}\nfolder: {out.resolve()}\n", flush=True)
-    config = real(options.config)
+    config = merged(options, "config")
     (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
     report = gauntlet(
         options.models, data, config=config, out=out, resume=not options.fresh, engine=options.engine, quiet=options.quiet

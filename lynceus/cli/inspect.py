@@ -17,7 +17,7 @@ class Options:
     """Names, shapes, kinds, parameter count, guessed family and source of a checkpoint; equal blocks are folded."""
 
     file: Positional[Path]  # .safetensors, .pth, .pt, .bin, .npz, .h5
-    full: bool = False  # one row per tensor
+    expand: bool = False  # one row per tensor
     out: Path | None = None  # folder for report.html and report.json
 
 
@@ -25,6 +25,6 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="lynceus inspect")
     from lynceus.reengineer.inspect import inspect
 
-    report = inspect(options.file, full=options.full)
+    report = inspect(options.file, expand=options.expand)
     show(report, out=options.out, twin=f"from lynceus.reengineer.inspect import inspect\nprint(inspect({str(options.file)!r}).table())")
     return 0

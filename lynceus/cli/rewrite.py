@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from lynceus.cli._models import open_model, twin_of
 from lynceus.cli._run import run_folder, show
-from lynceus.cli._schema import one_of, parse, real, with_options
+from lynceus.cli._schema import merged, one_of, parse, with_options
 
 # name -> (class, one line)
 REWRITES: dict[str, tuple[str, str]] = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.rewrite.apply import apply
 
     model = open_model(options.model, weights=options.weights)
-    rewrite = real(options.rewrite)
+    rewrite = merged(options, "rewrite")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)
     _, report = apply(rewrite, model, data, out=out, seed=options.seed)
     line, expression = twin_of(options.model, weights=options.weights)
