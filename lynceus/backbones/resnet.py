@@ -20,6 +20,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.types import Stage
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.folded import Folds, conv_bn, fold
+from lynceus.layers.fused import hooked
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 
@@ -67,19 +68,19 @@ class Block(nn.Module):
         self.folds.forget()
         return super().train(mode)
 
-    def skip(self, x: Tensor) -> Tensor:
+    def skip(self, x: Tensor) -> tuple[Tensor, bool]:
+        """What is added to the branch, and whether it is a fresh tensor that nobody else holds."""
         if self.downsample is None:
-            return x
-        if len(self.downsample) != 2 or self.downsample._forward_hooks or self.downsample._forward_pre_hooks:
-            return self.downsample(x)
-        return conv_bn(x, self.downsample[0], self.downsample[1], folds=self.folds, name="downsample")
+            return x, False
+        if len(self.downsample) != 2 or hooked(self.downsample, *self.downsample):
+            return self.downsample(x), False
+        return conv_bn(x, self.downsample[0], self.downsample[1], folds=self.folds, name="downsample"), True
 
     def close(self, x: Tensor, y: Tensor, last: nn.Module, bn: nn.Module) -> Tensor:
         """The last convolution of the branch `y`, the sum with the skip of `x`, and the ReLU after it."""
-        skip = self.skip(x)
+        skip, own = self.skip(x)
         if self.drop_path.active:
             return self.relu(skip + self.drop_path(bn(last(y))))
-        own = self.downsample is not None
         return conv_bn(y, last, bn, folds=self.folds, name="last", relu=self.relu, residual=skip, own=own)
 
 

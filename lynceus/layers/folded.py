@@ -70,7 +70,7 @@ class Folds:
             with torch.inference_mode(False), torch.no_grad():
                 kernel, bias = fold(conv, bn)
                 kernel = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    kernel.contiguous(memory_format=torch.channels_last),
+                    kernel.contiguous().to_mkldnn(),
                     list(conv.padding),
                     list(conv.stride),
                     list(conv.dilation),

@@ -23,8 +23,9 @@ def resize_position(
     grid = grid.reshape(1, old[0], old[1], -1).float()
     if exporting:
         rows, columns = (cubic_matrix(o, n, device=table.device) for o, n in zip(old, new))
-        grid = torch.einsum("Hh,bhwd->bHwd", rows, grid)
-        grid = torch.einsum("Ww,bhwd->bhWd", columns, grid)
+        # explicit batches: a broadcasting product would merge axes and so tie the free sizes to each other
+        grid = torch.bmm(columns.expand(old[0], -1, -1), grid[0])  # oh W d
+        grid = torch.bmm(rows.expand(new[1], -1, -1), grid.transpose(0, 1)).transpose(0, 1)
     else:
         grid = F.interpolate(
             grid.permute(0, 3, 1, 2), new, mode="bicubic", antialias=True, align_corners=False
