@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Backbone(nn.Module):
         return features.mean((-2, -1))
 
     def features_and_stages(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, list[Tensor]]:
-        """`forward_features` and `forward_stages` in one pass; a family whose features are not the last map writes it."""
+        """`forward_features` and `forward_stages` in one pass; families whose features are not the last map write it."""
         maps = self.forward_stages(image)
         return maps[-1], maps
 
@@ -218,3 +219,23 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed, beyond the one-dimensional ones."""
         return set()
+
+    # folders and the hub -------------------------------------------------------------------------
+    def save_pretrained(self, folder: str | Path, *, licence: str | None = None, text: str = "") -> Path:
+        """Writes config.json, model.safetensors and a model card into `folder`; licence and text are for the card."""
+        from lynceus.backbones._hub import save_pretrained
+
+        return save_pretrained(self, folder, licence=licence, text=text)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, *, download: bool = False, revision: str | None = None) -> Backbone:
+        """The backbone in a folder, or of "OWNER/NAME" in the hub's local cache; download=True fetches it."""
+        from lynceus.backbones._hub import load_pretrained
+
+        return load_pretrained(source, download=download, revision=revision)
+
+    def push_to_hub(self, repository: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Uploads to "OWNER/NAME" on the hub with the token of this machine; returns the address."""
+        from lynceus.backbones._hub import push_to_hub
+
+        return push_to_hub(self, repository, licence=licence, private=private)

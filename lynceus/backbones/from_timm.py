@@ -184,18 +184,15 @@ def list_timm(pattern: str = "*") -> list[str]:
     return fnmatch.filter(timm.list_models(), pattern)
 
 
-def build(config: TimmConfig) -> TimmBackbone:
-    """The model of a configuration, e.g. one read from a file."""
+def build(config: TimmConfig, *, options: Mapping[str, Any] | None = None) -> TimmBackbone:
+    """The model of a configuration, e.g. one read from a file; `options` replaces those of the configuration."""
+    given = config.options if options is None else options
+    changes = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate, "image_size": config.image_size}
     return create_timm(
         config.architecture,
         num_classes=config.num_classes,
         in_chans=config.in_chans,
-        changes={
-            "drop_rate": config.drop_rate,
-            "drop_path_rate": config.drop_path_rate,
-            "image_size": config.image_size,
-            **config.options,
-        },
+        changes={**changes, "pretrained": config.pretrained, **given},
     )
 
 

@@ -167,7 +167,6 @@ MORE = [
     "vgg11",
     "xcit_nano_12_p8_224",
     "swinv2_tiny_window8_256",
-    "crossvit_9_240",
     "densenet121",
     "mvitv2_tiny",
 ]
