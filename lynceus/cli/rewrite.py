@@ -26,6 +26,7 @@ class Options:
     data: str | None = None  # images on which before and after are compared
     split: str | None = None  # train, val or test, where the source has them
     limit: int | None = None  # look at this many images
+    size: tuple[int, int] | None = None  # height and width of the example when there is no data
     weights: Path | None = None  # checkpoint for a model given by name
     seed: int = 0  # of every random choice
     out: Path | None = None  # folder; default: runs/rewrite/NAME
@@ -38,19 +39,31 @@ def main(argv: Sequence[str]) -> int:
     target = REWRITES[name][0]
     options = parse(with_options(Options, rewrite=target), rest, prog=f"lynceus rewrite {name}", description=REWRITES[name][1])
     out = run_folder(options.out, "rewrite", name)
+    import torch
+
     import lynceus.data
-    from lynceus.rewrite.apply import apply
+    from lynceus.core.rng import generator
+    from lynceus.gauntlet.compare import compare
+    from lynceus.train.checkpoint import save_model
 
     model = open_model(options.model, weights=options.weights)
     rewrite = merged(options, "rewrite")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)
-    _, report = apply(rewrite, model, data, out=out, seed=options.seed)
+    inner = getattr(model, "backbone", model)
+    size = tuple(data[0].image.shape[-2:]) if data is not None else options.size or getattr(inner, "input_size", (224, 224))
+    example = torch.rand(8, 3, *size, generator=generator(options.seed, "example"))
+    changed = rewrite(model, example)
+    save_model(changed, out)
+    report = compare(model, changed, data, example, seed=options.seed)
     line, expression = twin_of(options.model, weights=options.weights)
     module, kind = target.split(":")
     source = "None" if options.data is None else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
     twin = (
-        f"import lynceus.data\n{line}\nfrom {module} import {kind}\nfrom lynceus.rewrite.apply import apply\n\n"
-        f"model, report = apply({rewrite!r}, {expression}, {source}, out={str(out)!r})\nprint(report.table())"
+        f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\nfrom lynceus.gauntlet.compare import compare\n"
+        "from lynceus.train.checkpoint import save_model\n\n"
+        f"model, example = {expression}, torch.rand(8, 3, {size[0]}, {size[1]})\nchanged = {rewrite!r}(model, example)\n"
+        f"save_model(changed, {str(out)!r})\nprint(compare(model, changed, {source}, example).table())"
     )
     show(report, out=out, twin=twin)
+    print(f"\nthe changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)")
     return 0

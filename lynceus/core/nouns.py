@@ -83,16 +83,18 @@ class Recipe(nn.Module):
 class Rewrite(Protocol):
     """A frozen dataclass of options with __call__: model in, changed model out, the old one untouched.
 
-    `example` is a batch of pixels in [0, 1] that the model accepts."""
+    `example` is a batch of pixels in [0, 1] that the model accepts; None where it is rebuilt from a file. The module made
+    has the attributes `rewrite` (this) and `original` (the module changed), which is all that its file needs to hold
+    besides the weights."""
 
-    def __call__(self, model: nn.Module, example: Tensor) -> nn.Module: ...
+    def __call__(self, model: nn.Module, example: Tensor | None) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
 class _Chain:
     rewrites: tuple[Rewrite, ...]
 
-    def __call__(self, model: nn.Module, example: Tensor) -> nn.Module:
+    def __call__(self, model: nn.Module, example: Tensor | None) -> nn.Module:
         for rewrite in self.rewrites:
             model = rewrite(model, example)
         return model

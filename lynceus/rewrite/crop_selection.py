@@ -193,6 +193,15 @@ class CropSelected(nn.Module):
         self.register_buffer("filter", weight)
         self.eval()
 
+    @property
+    def rewrite(self) -> CropSelection:
+        """What made this module; with `original` it is all that a file needs to hold."""
+        return self.config
+
+    @property
+    def original(self) -> Any:
+        return self.model
+
     # -- selection ------------------------------------------------------------------------------------------------
     def view(self, image: Tensor) -> Tensor:
         """The centre of the image that crops are taken from."""

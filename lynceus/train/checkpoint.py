@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 # predictors ---------------------------------------------------------------------------------------
 def exportable(model: nn.Module) -> bool:
-    """True for what `save_model` can write: a Task's module, or a Backbone."""
+    """True for what `save_model` can write: a Task's module, a Backbone, or what a Rewrite made of one."""
+    if hasattr(model, "rewrite") and hasattr(model, "original"):
+        return exportable(model.original)  # type: ignore[arg-type]
     return (hasattr(model, "task") and hasattr(model, "backbone")) or (
         hasattr(model, "config") and hasattr(model, "stages")
     )
@@ -63,6 +66,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         raise AdviceError(
             f"save_model writes what a Task built or a Backbone, not {type(model).__name__}; torch.save(model.state_dict(), ...) writes the bare weights."
         )
+    if hasattr(model, "rewrite") and hasattr(model, "original"):  # what a Rewrite made: the original, then how it was changed
+        made, kind = describe_model(model.original), type(model.rewrite)  # type: ignore[arg-type]
+        step = {"rewrite": f"{kind.__module__}:{kind.__qualname__}", "options": to_dict(model.rewrite)}
+        return {**made, "rewrites": [*made.get("rewrites", []), step]}
     out: dict[str, Any] = {"format": FORMAT, "lynceus": lynceus.__version__}
     if hasattr(model, "task"):
         out |= {"task": type(model.task).name, "options": to_dict(model.task)}
@@ -203,8 +210,18 @@ def load_model(
         if classes is not None and hasattr(made, "check_classes"):
             made.check_classes(classes, what="the data given with this checkpoint")
         model = made.build(inner)
+    for step in description.get("rewrites", []):
+        model = _rewrite(step, file)(model, None)
     _load_strictly(model, load_file(file), file)
     return model.eval()
+
+
+def _rewrite(step: dict[str, Any], file: Path) -> Any:
+    """The rewrite that a description names; only this library's own are looked up."""
+    module, _, name = str(step["rewrite"]).partition(":")
+    if not module.startswith("lynceus.rewrite."):
+        raise AdviceError(f"{file} was changed by {step['rewrite']}, which is no rewrite of this library, so it cannot be rebuilt.")
+    return from_dict(getattr(import_module(module), name), step["options"], where=name)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
