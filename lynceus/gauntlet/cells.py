@@ -48,7 +48,7 @@ class Cell:
     seed: int
     noise: float = 0.0
     tail: float = 1.0
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(kw_only=True)

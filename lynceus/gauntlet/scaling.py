@@ -51,7 +51,7 @@ class ScalingConfig:
     factor: float = 2.0
     seeds: int = 3
     capacities: tuple[str, ...] = ("resnet_nano",)
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     subset: Literal["stratified", "random"] = "stratified"
     noise: tuple[float, ...] = ()
     noise_model: Literal["symmetric", "pair"] = "symmetric"
@@ -81,16 +81,12 @@ class ScalingConfig:
         return sizes
 
     def cells(self, pool: int) -> list[Cell]:
-        """Every cell of the grid, the small ones first."""
+        """Every cell of the grid: seed by seed, the small sizes first."""
         sizes, last = self.grid(pool), self.capacities[-1]
-        out = [
-            Cell(capacity=c, n=n, seed=s, budget=self.budget)
-            for n in sizes
-            for s in range(self.seeds)
-            for c in self.capacities
-        ]
-        for n in self.extra_sizes or sizes[-2:-1]:
-            for s in range(self.seeds):
+        out = []
+        for s in range(self.seeds):
+            out += [Cell(capacity=c, n=n, seed=s, budget=self.budget) for n in sizes for c in self.capacities]
+            for n in self.extra_sizes or sizes[-2:-1]:
                 out += [Cell(capacity=last, n=n, seed=s, noise=p, budget=self.budget) for p in self.noise]
                 out += [Cell(capacity=last, n=n, seed=s, tail=r, budget=self.budget) for r in self.tails]
         return out
