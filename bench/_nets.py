@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Four 3x3 convolutions (w, 2w, 4w, 4w channels; the first three of stride 2) with batch norm and ReLU, a classifier."""
+    """Four 3x3 convolutions (w, 2w, 4w, 4w channels; three of stride 2) with batch norm and ReLU, a classifier."""
 
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 

@@ -22,7 +22,7 @@ from lynceus.gauntlet.features import FeatureBank, Features, batches
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long every cell trains. "steps": the same number of updates whatever n is; "epochs": the same number of passes.
+    """How long every cell trains. "steps": as many updates whatever n is; "epochs": as many passes.
 
     Fixed epochs mix the amount of data with the length of the optimisation; fixed steps may end before large sets are
     learned. Reports name the budget."""
@@ -62,7 +62,7 @@ class CellData:
 
 
 TrainCell = Callable[[str, CellData, Budget, int], dict[str, Any]]
-"""(capacity, data, budget, seed) -> {"accuracy": 0..1, "train_loss": nats, "class_accuracy": [per class]}; more is kept."""
+"""(capacity, data, budget, seed) -> {"accuracy": 0..1, "train_loss": nats, "class_accuracy": [...]}; more is kept."""
 
 
 def measure(logits: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def default_build(name: str, classes: int) -> nn.Module:
 class SupervisedCell:
     """Trains a model from scratch on a subset: SGD with momentum, cosine rate, mirrored and shifted pictures.
 
-    build: (capacity, classes) -> module on normalised images; default `create_model(capacity)`. lr: peak rate; with more
-    than one, each size picks its own on a seventh of its subset, so that no size is judged by another's optimum.
+    build: (capacity, classes) -> module on normalised images; default `create_model(capacity)`. lr: peak rate; of
+    several, each size picks its own on a seventh of its subset, so that no size is judged by another's optimum.
     shift: largest random shift in pixels. The training loss returned is the one without augmentation, on up to
     `loss_images` images of the subset, with the labels that were trained on.
     """

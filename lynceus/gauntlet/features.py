@@ -143,11 +143,11 @@ class _Found(Exception):
 class Extractor:
     """Images -> vectors (b, c) of a frozen model, the same whatever the batch size, each image computed once.
 
-    model: a Subject, or anything a Subject takes. layer: None for the pooled vector before the classifier, or the name of
-      a module inside the model ("layers.2", "backbone.layers.2"; the backbone's own names work too).
+    model: a Subject, or anything a Subject takes. layer: None for the pooled vector before the classifier, or the name
+      of a module inside the model ("layers.2", "backbone.layers.2"; the backbone's own names work too).
     pool: what becomes of a map or of tokens from `layer`: "mean", "max", an int g for a g x g mean grid, or "flat".
-    channels: where a 4-d output of `layer` keeps its channels, "first", "last", or "auto" (told by the module's kind and the
-      shape; refused when both are possible).
+    channels: where a 4-d output of `layer` keeps its channels, "first", "last", or "auto" (told by the module's kind and
+      the shape; refused when both are possible).
     cache: a FeatureCache, a folder for one, None for memory only.
     """
 
@@ -310,6 +310,7 @@ class FeatureBank:
         self._lock = threading.RLock()
 
     def extractor(self, subject: Subject, *, layer: str | None = None) -> Extractor:
+        self._kept.append((subject.model, subject._features))
         return Extractor(subject, layer, batch_size=self.batch_size, cache=self.cache, quiet=self.quiet)
 
     def get(self, subject: Subject, data: Iterable[Sample], *, layer: str | None = None) -> Features:
@@ -326,7 +327,7 @@ class FeatureBank:
         with self._lock:
             if key not in self._known:
                 self._known[key] = extractor.of(data)
-                self._kept.append((subject.model, subject._features, data))
+                self._kept.append(data)
             return self._known[key]
 
 
@@ -380,7 +381,7 @@ def labelled(features: Features) -> Features:
     """The rows that have a label. None at all, or a single class, is an advising error."""
     if features.labels is None or (features.labels.ndim == 1 and (features.labels < 0).all()):
         raise AdviceError(
-            f"{features.name} has no labels, and a probe learns from labels: open a folder with one subfolder per class."
+            f"{features.name} has no labels, and a probe learns from labels: open a folder of class folders."
         )
     if features.labels.ndim == 1:
         features = features.take(np.flatnonzero(features.labels >= 0)) if (features.labels < 0).any() else features
@@ -392,7 +393,7 @@ def labelled(features: Features) -> Features:
 def stratified(
     labels: np.ndarray, fraction: float, *, seed: int, keys: Sequence[Any] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (rest, taken): `fraction` of every class is taken, at least one and never all of a class of two or more."""
+    """Indices (rest, taken): `fraction` of every class is taken, at least one, never all of a class of two or more."""
     from lynceus.core.rng import numpy_generator
 
     if not 0 < fraction < 1:

@@ -26,7 +26,8 @@ def findings(curve: LearningCurve) -> Report:
     )
     kind = "updates for every size" if config.budget.kind == "steps" else "passes over every subset"
     report.notes.append(
-        f"Budget: fixed {config.budget.kind}, {config.budget} ({kind}); {config.seeds} seeds; {curve.n_test} test images."
+        f"Budget: fixed {config.budget.kind}, {config.budget} ({kind}); {config.seeds} seeds; "
+        f"{curve.n_test} test images."
     )
     report.notes.append(
         f"{curve.duplicates} near-duplicates of test images were left out of the pool."
@@ -76,8 +77,8 @@ def _law(report: Report, name: str, fit: fits.Fit, losses: list[float], curve: L
     report.summary[f"{name}: accuracy at {curve.sizes[-1]}"] = float(points.mean[-1])
     report.summary[f"{name}: slope per decade"] = line.parameters["b"]
     report.notes.append(
-        f"{name}: AICc chooses the {fit.chosen} law (R2 {best.r2:.3f}, misfit p = {best.p_value:.2g}); log-linear slope "
-        f"{_points(line.parameters['b'])} points per decade [{_points(low)}, {_points(high)}], R2 {line.r2:.3f}"
+        f"{name}: AICc chooses the {fit.chosen} law (R2 {best.r2:.3f}, misfit p = {best.p_value:.2g}); log-linear "
+        f"slope {_points(line.parameters['b'])} points per decade [{_points(low)}, {_points(high)}], R2 {line.r2:.3f}"
         + (", rejected." if line.rejected else ".")
     )
     if not math.isnan(fit.last_error):
@@ -115,8 +116,9 @@ def _bend(report: Report, name: str, fit: fits.Fit, losses: list[float], curve: 
     if gap > 0 and share > UNLEARNED:
         report.summary[f"{name}: budget-limited"] = 1.0
         text += (
-            f": budget-limited. The training loss at {curve.sizes[-1]} is still {losses[-1]:.2f} nats ({100 * share:.0f}% of "
-            f"guessing; {losses[0]:.2f} at {curve.sizes[0]}): {curve.config.budget} or the capacity is the limit, not the data"
+            f": budget-limited. The training loss at {curve.sizes[-1]} is still {losses[-1]:.2f} nats "
+            f"({100 * share:.0f}% of guessing; {losses[0]:.2f} at {curve.sizes[0]}): {curve.config.budget} or the capacity "
+            "is the limit, not the data"
         )
     elif gap > 0:
         text += f": the training images are learned (loss {losses[-1]:.2f}), so more of the same data brings less"
@@ -149,7 +151,8 @@ def _capacity(report: Report, curve: LearningCurve, found: dict[str, fits.Fit]) 
     if seeds > 1:
         half_width = float(student.ppf(0.975, seeds - 1) * growth.std(ddof=1) / math.sqrt(seeds))
         row |= {"growth_low": mean - half_width, "growth_high": mean + half_width}
-        text += f", by {_points(mean)} [{_points(mean - half_width)}, {_points(mean + half_width)}] (t interval, {seeds} seeds)"
+        ends = f"[{_points(mean - half_width)}, {_points(mean + half_width)}]"
+        text += f", by {_points(mean)} {ends} (t interval, {seeds} seeds)"
         report.summary["gap growth, low end"] = mean - half_width
     report.summary["gap growth"] = mean
     report.rows.append(row)
@@ -185,8 +188,8 @@ def _noise(report: Report, curve: LearningCurve, found: dict[str, fits.Fit], p: 
         report.rows.append(row)
         report.summary[f"cost of {100 * p:g}% noise at {n}"] = row["cost"]
         report.notes.append(
-            f"{100 * p:g}% {curve.config.noise_model} label noise at {n} images costs {_points(row['cost'])} points; half the clean "
-            f"data costs {_points(row['cost of half the data'])}. This much noise equals having "
+            f"{100 * p:g}% {curve.config.noise_model} label noise at {n} images costs {_points(row['cost'])} points; half "
+            f"the clean data costs {_points(row['cost of half the data'])}. This much noise equals having "
             f"{'fewer than' if below else 'about'} {same:,.0f} clean images instead of {n:,}."
         )
 
@@ -206,6 +209,6 @@ def _tail(report: Report, curve: LearningCurve, r: float) -> None:
         report.rows.append(row | {"head": head, "medium": medium, "tail third": tail})
         report.summary[f"head - tail at ratio {r:g}"] = head - tail
         report.notes.append(
-            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, tail {_points(tail)}; balanced "
-            f"accuracy {_points(balanced)}, plain (test classes in the training proportions) {_points(plain)}."
+            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, tail {_points(tail)}; "
+            f"balanced accuracy {_points(balanced)}, plain (test classes in the training proportions) {_points(plain)}."
         )

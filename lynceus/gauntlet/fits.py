@@ -301,7 +301,7 @@ def fit(points: Points, *, draws: int = 1000, seed: int = 0) -> Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """How many more examples `gain` costs; `examples` is None when the curve does not justify an answer, `why` says why."""
+    """How many more examples `gain` costs; `examples` is None when the curve justifies no answer, `why` says why."""
 
     gain: float
     examples: float | None

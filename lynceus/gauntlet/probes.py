@@ -4,15 +4,15 @@ Razavian, Azizpour, Sullivan, Carlsson, "CNN Features off-the-shelf", CVPR 2014 
 jitter, power transform); Goldblum et al., "Battle of the Backbones", NeurIPS 2023, arXiv 2310.19909, code
 hsouri/Battle-of-the-Backbones (linear probe, few-shot).
 
-Every probe is a Check: `probe(subject, data, seed=0)`, where data is a labelled data set (divided by class, seeded) or a
-pair (train, test); and a function of vectors: `probe.on(train, test, seed=0)` with `Features`.
+Every probe is a Check: `probe(subject, data, seed=0)`, where data is a labelled data set (divided by class, seeded) or
+a pair (train, test); and a function of vectors: `probe.on(train, test, seed=0)` with `Features`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from lynceus.core.subject import Subject
 from lynceus.core.types import Sample, as_float
 from lynceus.gauntlet.features import Extractor, FeatureBank, Features, batches, split, stratified
 from lynceus.gauntlet.scores import average_precision_of_scores, mean_interval, report_scores
-from lynceus.gauntlet.views import JITTERED, jittered, random_crops, resized
+from lynceus.gauntlet.views import JITTERED, jittered, random_crops
 
 
 def unit(vectors: np.ndarray, power: float | None = None) -> np.ndarray:
@@ -95,7 +95,7 @@ def _describe(report: Report, train: Features, test: Features, chosen: dict[str,
 
 
 def _folds(labels: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Stratified (train, validation) index pairs; fewer folds when a class is small, one held-out part when it is tiny."""
+    """Stratified (train, validation) index pairs; fewer folds when a class is small, none when it is tiny."""
     from sklearn.model_selection import KFold, StratifiedKFold
 
     state = derive(seed, "folds") % 2**32
@@ -117,8 +117,8 @@ def _accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 class KNN(Probe):
     """Nearest neighbours by cosine.
 
-    k: neighbours; None chooses among `ks` on a fifth of the training vectors. weighted: votes weigh exp(cos / temperature),
-    else one each."""
+    k: neighbours; None chooses among `ks` on a fifth of the training vectors. weighted: votes weigh
+    exp(cos / temperature), else one each."""
 
     name: ClassVar[str] = "kNN"
 
@@ -315,9 +315,9 @@ class LinearProbe(Probe):
     """Batch norm without affine parameters (eps 1e-6) and a linear layer: features of any scale are read fairly.
 
     optimizer: "lbfgs" solves the convex problem, its L2 penalty chosen among `l2` on a fifth of the training vectors;
-    "lars" is the paper's protocol: rate `lr` x batch / 256, no weight decay, `epochs` with `warmup` of them rising, cosine.
-    On few images 90 epochs of LARS are few updates; the report says how many. lr: with several values, the best on the
-    held-out fifth. views: random resized crops with mirror per training picture, one drawn per epoch, as in the protocol;
+    "lars" is the paper's protocol: rate `lr` x batch / 256, no weight decay, `epochs`, `warmup` of them rising, cosine.
+    On few images 90 epochs of LARS are few updates; the report says how many. lr: of several values the best on the
+    held-out fifth. views: random resized, mirrored crops per training picture, one drawn per epoch, as in the protocol;
     0 trains on the pictures as they are, whose features are shared with the other probes."""
 
     name: ClassVar[str] = "linear probe"
@@ -425,7 +425,7 @@ class LinearProbe(Probe):
 
 @torch.no_grad()
 def _lars_step(parameters: list[Tensor], momentum: list[Tensor], lr: float, trust: float = 0.001) -> None:
-    """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv 1708.03888), momentum 0.9; biases are not scaled."""
+    """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv 1708.03888); biases are not scaled."""
     for p, m in zip(parameters, momentum):
         assert p.grad is not None
         step = p.grad
@@ -492,12 +492,3 @@ class FewShot(Probe):
         from sklearn.linear_model import LogisticRegression
 
         return LogisticRegression(C=self.c, max_iter=200).fit(base, index).predict(query)
-
-
-def raw_pixels(size: int = 32) -> Subject:
-    """A subject whose features are the pixels themselves, resized to `size`: what every network must beat."""
-    return Subject(_pixels, features=lambda x: [resized(x, (size, size)).flatten(1)], name=f"raw pixels {size}")
-
-
-def _pixels(x: Tensor) -> Tensor:
-    return x.flatten(1)

@@ -25,8 +25,8 @@ def ranking_metrics(
     """Means over queries, and the values per query (nan where a query has no positive).
 
     relevance: for each query the references from near to far: 1 positive, 0 negative, -1 junk (ignored).
-    kind: of average precision. "area": mean precision at the positives; "trapezoid": the revisited Oxford code's, mean of
-      the precisions just before and at each positive; "eleven": best precision at recalls 0, 0.1 ... 1.
+    kind: of average precision. "area": mean precision at the positives; "trapezoid": the revisited Oxford code's, mean
+      of the precisions just before and at each positive; "eleven": best precision at recalls 0, 0.1 ... 1.
     released_mrr: count the rank of the first positive before junk is removed, as the released code does.
     Precision at k divides by k; recall at k divides by the positives of the query; queries without positives are left
     out of every mean, and counted in "queries without positives".

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from lynceus.core.report import Report, environment
 from lynceus.core.rng import generator
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample, as_float
-from lynceus.gauntlet.features import Extractor, FeatureBank, batches, labelled
+from lynceus.gauntlet.features import Extractor, FeatureBank, labelled
 from lynceus.gauntlet.probes import unit
 from lynceus.gauntlet.ranking import ranked, ranking_metrics
 from lynceus.gauntlet.scores import bootstrap
-from lynceus.gauntlet.views import patch_count, patches, resized, rotated
+from lynceus.gauntlet.views import patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Whitening:
 
 
 def fit_whitening(x: Float[np.ndarray, "n c"], dims: int = 500) -> Whitening:
-    """PCA to at most `dims` directions, each scaled to unit variance (n - 1). Directions without variance are cut, so there
-    are never more than n - 1. float64."""
+    """PCA to at most `dims` directions, each scaled to unit variance (n - 1), in float64. Directions without variance
+    are cut, so there are never more than n - 1."""
     if len(x) < 2:
         raise AdviceError("Whitening needs at least two reference vectors.")
     x = np.asarray(x, dtype=np.float64)
@@ -55,7 +55,9 @@ def fit_whitening(x: Float[np.ndarray, "n c"], dims: int = 500) -> Whitening:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
-    """reference_levels, query_levels: sub-patch levels, level i has i^2 patches; 1 and 1 is a single vector per picture.
+    """Options of a Retriever.
+
+    reference_levels, query_levels: sub-patch levels, level i has i^2 patches; 1 and 1 is a single vector per picture.
 
     dims: of the PCA whitening, 500 for large sets; 0 leaves it out; "auto" chooses by leaving patches out of the
     references (few references amplify noise in many dimensions). power: p of the signed power sign(x) |x|^p after
@@ -74,8 +76,8 @@ class RetrieverConfig:
 class Retriever:
     """References in, distances out: `fit(references)`, then `distances(queries)` (q, n).
 
-    The distance of a query patch to a reference is the smallest over its patches, that of a query the mean over the query's
-    patches."""
+    The distance of a query patch to a reference is the smallest over its patches, that of a query the mean over the
+    query's patches."""
 
     def __init__(self, extractor: Extractor, config: RetrieverConfig = RetrieverConfig(), *, quiet: bool = False):
         self.extractor, self.config, self.quiet = extractor, config, quiet
@@ -180,7 +182,8 @@ class Retrieval:
             raise AdviceError("The data is empty: retrieval needs labelled images, for instance data.open('digits').")
         bank = bank or FeatureBank()
         pair = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], Sample)
-        parts = [labelled(bank.get(subject, part, layer=self.layer)) for part in (data if pair else [data])]  # type: ignore[union-attr]
+        sets: Any = data if pair else [data]
+        parts = [labelled(bank.get(subject, part, layer=self.layer)) for part in sets]
         references, queries = parts[0], parts[-1]
         if np.asarray(references.labels).ndim == 2:
             raise AdviceError("Retrieval takes one class per image, not multi-hot labels.")
@@ -209,89 +212,6 @@ class Retrieval:
             means["mAP low"], means["mAP high"] = bootstrap(valid, seed=seed)
         report.notes.append(
             f"{len(pick)} queries against {len(references)} references, cosine of the vectors before the classifier; "
-            f"average precision of the {self.kind} kind; MRR counted {'before' if self.released_mrr else 'after'} junk is removed."
-        )
-        return report
-
-
-ATTACKS = ("crop", "jpeg", "blur", "rotate", "overlay", "resize", "grey", "noise")
-
-
-def attack(image: Float[Tensor, "3 h w"], name: str, draw: torch.Generator) -> Float[Tensor, "3 H W"]:
-    """A picture as a copy of it might look: one of `ATTACKS`, at a fixed strength; what is random comes from `draw`."""
-    h, w = image.shape[-2:]
-    if name == "crop":
-        ch, cw = max(int(0.6 * h), 1), max(int(0.6 * w), 1)
-        top, left = (int(torch.randint(room + 1, (), generator=draw)) for room in (h - ch, w - cw))
-        return image[:, top : top + ch, left : left + cw]
-    if name == "jpeg":
-        return jpeg(image, 10)
-    if name == "blur":
-        return resized(resized(image[None], (max(h // 8, 1), max(w // 8, 1))), (h, w))[0]
-    if name == "rotate":
-        return rotated(image[None], 20.0)[0]
-    if name == "overlay":
-        out = image.clone()
-        out[:, h // 3 : h // 3 + max(h // 4, 1), w // 4 : w // 4 + max(w // 2, 1)] = torch.rand(3, 1, 1, generator=draw)
-        return out
-    if name == "resize":
-        return resized(image[None], (max(h // 3, 1), max(w // 2, 1)))[0]
-    if name == "grey":
-        return image.mean(0, keepdim=True).expand(3, -1, -1).contiguous()
-    if name == "noise":
-        return (image + 0.15 * torch.randn(image.shape, generator=draw)).clamp(0, 1)
-    raise AdviceError(f"There is no attack {name!r}; there are {', '.join(ATTACKS)}.")
-
-
-def jpeg(image: Float[Tensor, "3 h w"], quality: int) -> Float[Tensor, "3 h w"]:
-    """The picture after JPEG at that quality."""
-    from torchvision.io import decode_jpeg, encode_jpeg
-
-    return as_float(decode_jpeg(encode_jpeg((image.clamp(0, 1) * 255).round().to(torch.uint8).contiguous(), quality)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CopyDetection:
-    """Check: changed copies (8 attacks) search for their originals among all pictures; no labels are needed.
-
-    limit: at most this many pictures, evenly taken. size: the side that pictures are resized to. The plain chain is one
-    vector per picture; other chains through `retriever`."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-
-    limit: int = 200
-    size: int = 96
-    attacks: tuple[str, ...] = ATTACKS
-    ks: tuple[int, ...] = (1, 5, 10)
-    released_mrr: bool = False
-    retriever: RetrieverConfig = RetrieverConfig(reference_levels=1, query_levels=1, dims=0)
-
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
-        subject.require(self.needs)
-        images = [as_float(s.image) for chunk in batches(data if data is not None else [], 64) for s in chunk]
-        if len(images) < 2:
-            raise AdviceError(f"Copy detection needs at least two pictures to tell apart; there are {len(images)}.")
-        step = max(1, -(-len(images) // self.limit))
-        images = images[::step]
-        extractor = (bank or FeatureBank()).extractor(subject)
-        config = RetrieverConfig(**{**self.retriever.__dict__, "size": self.size})
-        retriever = Retriever(extractor, config).fit(images)
-        report = Report(name="copy detection")
-        report.environment = environment(seed=seed, subject=subject.name)
-        own, every = np.eye(len(images), dtype=bool), []
-        for name in self.attacks:
-            draw = generator(seed, "attack", name)
-            found = retriever.distances([attack(image, name, draw) for image in images])
-            every.append(ranked(found, own))
-            means, _ = ranking_metrics(every[-1], ks=self.ks, released_mrr=self.released_mrr)
-            report.rows.append({"attack": name, **{k: v for k, v in means.items() if not k.startswith("queries")}})
-        report.summary, each = ranking_metrics(np.concatenate(every), ks=self.ks, released_mrr=self.released_mrr)
-        report.summary["mAP low"], report.summary["mAP high"] = bootstrap(each["mAP"], seed=seed)
-        levels = [patch_count(v) for v in (config.reference_levels, config.query_levels)]
-        report.notes.append(
-            f"{len(images)} pictures at {self.size} pixels, {levels[0]} reference and {levels[1]} query patches each, "
-            f"{retriever.dims} numbers per patch{' after whitening' if retriever.whitening else ''}."
+            f"{self.kind} average precision; MRR {'before' if self.released_mrr else 'after'} junk is removed."
         )
         return report

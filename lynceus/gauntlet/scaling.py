@@ -1,7 +1,7 @@
 """Data scaling: how accuracy grows with the number of training images, and what more data of which kind would bring.
 
 Sun, Shrivastava, Singh, Gupta, "Revisiting Unreasonable Effectiveness of Data in Deep Learning Era", ICCV 2017,
-arXiv 1707.02968. No code is public. The grid (sizes x seeds x capacities, label noise, long tails) is run cell by cell and
+arXiv 1707.02968. No code is public. The grid (sizes x seeds x capacities, label noise, long tails) is run cell by cell,
 each finished cell is kept, the laws are in `gauntlet.fits`.
 """
 
@@ -37,11 +37,11 @@ class ScalingConfig:
     """The grid of a data-scaling study.
 
     sizes: training images per point, increasing; None: `smallest`, times `factor` each, up to all there are.
-    seeds: repetitions; each draws its own subsets and initialisation. capacities: names that the training function knows.
+    seeds: repetitions; each draws its own subsets and initialisation. capacities: names that `train_cell` knows.
     budget: how long every cell trains. subset: "stratified" keeps the class proportions, "random" does not.
     noise: label-noise rates, run at `extra_sizes` with the last capacity. noise_model: "symmetric" or "pair".
     tails: imbalance ratios, likewise. extra_sizes: None means the second largest size.
-    cosine: test pictures whose thumbnail has a cosine above it with a pool picture count as near-duplicates, and the pool
+    cosine: test pictures whose thumbnail has a cosine above it with a pool picture are near-duplicates, and the pool
     picture is left out; 1.0 looks for equal pictures only, 0 switches the search off.
     draws: bootstrap repetitions. gain: the improvement that "how many more" is asked for, 0.01 is one point.
     """
@@ -75,8 +75,8 @@ class ScalingConfig:
         sizes = tuple(round(self.smallest * self.factor**i) for i in range(count))
         if len(sizes) < 3:
             raise AdviceError(
-                f"{pool} training images give {len(sizes)} sizes from {self.smallest} by {self.factor:g}; a law needs 3. "
-                f"Lower smallest, for instance smallest={max(pool // 8, 2)}."
+                f"{pool} training images give {len(sizes)} sizes from {self.smallest} by {self.factor:g}; a law needs "
+                f"3. Lower smallest, for instance smallest={max(pool // 8, 2)}."
             )
         return sizes
 

@@ -1,4 +1,4 @@
-"""Subsets of a labelled pool for data-scaling studies: nested, stratified or long-tailed; label noise; near-duplicates."""
+"""Subsets for data-scaling studies: nested, stratified or long-tailed; label noise; near-duplicates."""
 
 from __future__ import annotations
 

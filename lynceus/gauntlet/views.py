@@ -18,7 +18,7 @@ JITTERED = 16
 def jittered(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 16 3 h w"]:
     """The 16 views of a picture: itself, 5 crops (corners and centre, 4/9 of the area), 2 rotations (+-15 degrees), and
     the mirror of each; all at the size of the picture. Corners that a rotation leaves empty are reflected."""
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     ch, cw = max(round(2 * h / 3), 1), max(round(2 * w / 3), 1)
     corners = [(0, 0), (0, w - cw), (h - ch, 0), (h - ch, w - cw), ((h - ch) // 2, (w - cw) // 2)]
     crops = torch.cat([images[..., y : y + ch, x : x + cw] for y, x in corners])
@@ -90,7 +90,7 @@ def patch_count(levels: int) -> int:
 
 
 def enlarged(box: Sequence[float] | Tensor, size: tuple[int, int], factor: float = 1.5) -> tuple[int, int, int, int]:
-    """A box xyxy in pixels, enlarged about its centre by `factor` and cut to the picture (h, w): (top, left, bottom, right)."""
+    """A box xyxy in pixels, enlarged about its centre and cut to the picture (h, w): (top, left, bottom, right)."""
     x0, y0, x1, y1 = (float(v) for v in box)
     if x1 <= x0 or y1 <= y0:
         raise AdviceError(f"A box is (x0, y0, x1, y1) with x1 > x0 and y1 > y0, not {(x0, y0, x1, y1)}.")
