@@ -44,7 +44,7 @@ class Toy(Backbone):
         return [x + self.mlp(x)]
 
     def group_matcher(self, coarse=False):
-        return {"stem": r"^stem", "blocks": [(r"^(norm|mlp)", (0,))]}
+        return {"stem": r"^stem", "blocks": [(r"^(?:norm|mlp)", (0,))]}
 
 
 def recipe(seed=0, **options):
