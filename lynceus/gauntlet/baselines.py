@@ -1,4 +1,4 @@
-"""What every network must beat: raw pixels, histograms of oriented gradients, histograms of colour. Features without weights.
+"""What every network must beat: raw pixels, oriented gradients, histograms of colour. Features without weights.
 
 HOG: Dalal and Triggs, CVPR 2005. Each is a Subject whose features are a fixed function of the pixels.
 """
@@ -36,7 +36,7 @@ def hog(image: Float[Tensor, "b 3 h w"], side: int = 32, cell: int = 8, bins: in
     votes.scatter_add_(1, (low.long() % bins)[:, None], (size * (1 - high_share))[:, None])
     votes.scatter_add_(1, ((low.long() + 1) % bins)[:, None], (size * high_share)[:, None])
     cells = F.avg_pool2d(votes, cell)
-    blocks = cells.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    blocks = cells.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 4, 5, 1).flatten(3)
     return F.normalize(blocks, dim=-1, eps=1e-3).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """Ranking by cosine: pictures of the same class, and the originals of attacked photographs (copy detection).
 
-Protocol of Battle of the Backbones, arXiv 2310.19909 (bob-retrieval, after Copydays): features of unit length, cosine
-ranking, mean average precision and mean reciprocal rank, precision at 1, 5, 10. Queries without a positive are left out.
+Protocol of Battle of the Backbones, arXiv 2310.19909 (bob-retrieval, after Copydays): unit features, cosine ranking,
+mean average precision and mean reciprocal rank, precision at 1, 5, 10. Queries without a positive are left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def class_ranking(
     b = F.normalize(torch.from_numpy(np.ascontiguousarray(base)).double(), dim=1)
     parts = []
     for rows, mine in zip(a.split(512), np.array_split(np.asarray(labels), np.arange(512, len(a), 512))):
-        order = (rows @ b.T).argsort(1, descending=True, stable=True).numpy()
+        order = (rows @ b.T).argsort(dim=1, descending=True, stable=True).numpy()
         parts.append(np.asarray(base_labels)[order] == mine[:, None])
     return ranked(np.concatenate(parts))
 
@@ -125,7 +125,7 @@ def photographs(source: Any) -> list[Tensor]:
 
 
 def attacked(pictures: Sequence[Tensor], *, seed: int = 0, size: int = 64) -> dict[str, Tensor]:
-    """Attack -> (n, 3, size, size); "original" too. Attacks act on the picture at a short side of 256, then it is resized."""
+    """Attack -> (n, 3, size, size); "original" too. Attacks act at a short side of 256, then all is resized."""
     from torchvision.transforms.v2 import functional as tv
 
     whole = [tv.resize(p, [256], antialias=True) if min(p.shape[-2:]) > 256 else p for p in pictures]
@@ -153,7 +153,7 @@ def copy_detection(
     base = vectors.pop("original")
     found, out = [], {}
     for name, query in vectors.items():
-        order = (query @ base.T).argsort(1, descending=True, stable=True)
+        order = (query @ base.T).argsort(dim=1, descending=True, stable=True)
         relevant = (order == torch.arange(len(base))[:, None]).numpy()
         found.append(relevant)
         out[f"copies MRR, {name}"] = ranked(relevant)["MRR"]

@@ -46,8 +46,8 @@ class Context:
 class Station:
     """run: what is measured, name -> number. group: where its numbers count in the ranking; "" for beside it.
 
-    lower: metrics where less is better. beside: metrics that are shown but do not count. noisy: depends on the machine and
-    the moment, so that it never counts and never decides whether two runs are equal. seeded: differs between seeds."""
+    lower: metrics where less is better. beside: metrics that are shown but do not count. noisy: depends on the machine
+    and the moment, so that it never counts nor decides whether two runs are equal. modes: where it is measured."""
 
     run: Callable[[Context], dict[str, float]]
     group: str
@@ -71,15 +71,17 @@ def calibration(c: Context) -> dict[str, float]:
 def consistency(c: Context) -> dict[str, float]:
     """Answers (or nearest neighbours of frozen features) under shifts of one pixel in eight directions."""
     images = c.test.images[: c.config.shift_images]
+    # a pixel cut from a tiny picture changes what it shows: repeat its border instead
+    extend = c.config.radius if c.config.crop is None and min(images.shape[-2:]) < 28 else 0
     frozen = c.config.mode == "frozen"
     subject: Any = Subject(c.subject.embed, name=c.subject.name) if frozen else c.subject
-    report = shift(subject, images, shift_set(c.config.radius, "8"), embedding=frozen, batch_size=128)
+    report = shift(subject, images, shift_set(c.config.radius, "8"), embedding=frozen, extend=extend, batch_size=128)
     kinds = {r["kind"]: r for r in report.rows}
     return {f"{k} {m}": float(kinds[k][m]) for k in kinds for m in ("consistency", "adversarial")}
 
 
 def out_of_distribution(c: Context) -> dict[str, float]:
-    """Accuracy under each light shift of style; for frozen features that of a logistic probe trained on plain pictures."""
+    """Accuracy under each light shift of style; for frozen features that of a logistic probe."""
     views = {name: c.test.hold(shifted(c.test.images, name, seed=c.seed)) for name in SHIFTS}
     if c.config.mode != "frozen":
         check = Evaluate(details=False, quiet=True)

@@ -1,7 +1,7 @@
 """Many independent jobs, here or on a cluster: the results are the same, whoever computes them and in whatever order.
 
-"local" runs in this process (one worker) or in processes of `concurrent.futures`; "ray" needs the extra `cluster`. Every
-worker computes with the same number of threads, since the order of a sum depends on it.
+"local" runs in this process (one worker) or in processes of `concurrent.futures`; "ray" needs the extra `cluster`.
+Every worker computes with the same number of threads, since the order of a sum depends on it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def run_jobs(
 ) -> list[Result]:
     """function(job) for every job, in the order of `jobs`.
 
-    workers: processes. threads: of torch in each. tick: called now and then, and after every job, in this process. With more
-    than one worker, function and jobs travel to other processes and must be picklable. The first failure ends the run.
+    workers: processes. threads: of torch in each. tick: called now and then, and after every job, in this process. With
+    more than one worker, function and jobs travel to other processes and must be picklable. A failure ends the run.
     """
     if engine not in ("local", "ray"):
         raise unknown("engine", str(engine), ("local", "ray"))

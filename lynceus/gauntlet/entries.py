@@ -1,4 +1,4 @@
-"""Who runs the gauntlet: names, weights files, modules, feature functions, each as an Entry that can travel to a worker."""
+"""Who runs the gauntlet: names, weights, modules, feature functions, each as an Entry that can travel to a worker."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def train_subject(
 ) -> Trained:
     """Trains the entry on `train` with the gauntlet's budget: from scratch when it is a name, else from its weights.
 
-    A finished training in `folder` is read back, an interrupted one goes on where it was. Features without weights get a
-    logistic head."""
+    A finished training in `folder` is read back, an interrupted one goes on where it was. Features without weights
+    get a logistic head."""
     classes = train.classes
     if entry.kind == "function":
         return Trained(

@@ -1,4 +1,4 @@
-"""From the cells of a gauntlet to its report: the table, the answer in words, the figures, what the reader must know."""
+"""From the cells of a gauntlet to its report: table, answer in words, figures, what the reader must know."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ def protocol(cells: Sequence[dict[str, Any]]) -> tuple[dict[str, str], list[str]
         station = STATIONS[cell["station"]]
         for metric in cell["values"]:
             if station.group and metric not in station.beside:
-                # one vote for all copy attacks and all shots: a family of cells must not outweigh the rest
                 groups[metric] = station.group
                 if metric in station.lower and metric not in lower:
                     lower.append(metric)
@@ -99,7 +98,7 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
         report.summary = {f"mean z, {n}": float(ranking.score(n)) for n in ranking.subjects}
         report.arrays["z"] = ranking.z
         report.notes.append(f"Columns of the array z: {', '.join(ranking.cells)}; rows: {', '.join(ranking.subjects)}.")
-    report.notes += crop_notes(order, allmean)
+    report.notes += crop_notes(order, allmean, config.radius)
     if any(STATIONS[c["station"]].noisy for c in cells):
         report.notes.append("Times (ms) depend on the machine and the moment; they do not count in the ranking.")
     report.summary |= {f"{main}, {n}": float(np.mean(v)) for n, v in values.items() if v}
@@ -179,7 +178,8 @@ def answer(
     steady = {n: mean[n]["realistic consistency"] for n in present if "realistic consistency" in mean.get(n, {})}
     if steady:
         first = max(steady, key=lambda n: steady[n])
-        text += f". Most stable when the camera moves by {config.radius} px: {first} ({100 * steady[first]:.1f}% of answers kept"
+        text += f". Most stable when the camera moves by {config.radius} px: {first} "
+        text += f"({100 * steady[first]:.1f}% of answers kept"
         text += ")" if first == take else f"; {take} {100 * steady[take]:.1f}%)" if take in steady else ")"
     if len(config.seeds) < 2:
         text += ". One seed tells nothing about noise: differences may be chance"
@@ -196,25 +196,28 @@ def budget(config: GauntletConfig) -> str:
         else f"the best of lr {', '.join(f'{v:g}' for v in config.lr)} on a tenth of the training images"
     )
     cap = f", at most {config.seconds:g} s" if config.seconds else ""
-    return f"Equal budget: {config.steps} steps of {config.batch_size} images{cap}, AdamW, {rate}, seeds {', '.join(map(str, config.seeds))}."
+    seeds = ", ".join(map(str, config.seeds))
+    return f"Equal budget: {config.steps} steps of {config.batch_size} images{cap}, AdamW, {rate}, seeds {seeds}."
 
 
-def crop_notes(order: Sequence[str], mean: dict[str, dict[str, float]]) -> list[str]:
+def crop_notes(order: Sequence[str], mean: dict[str, dict[str, float]], radius: int) -> list[str]:
     """What crop selection promised and kept, one sentence per subject."""
     out = []
     for n in order:
         row = mean.get(n, {})
         if "selected: realistic consistency" not in row:
             continue
+        share = {k: f"{100 * v:.1f}%" for k, v in row.items()}
         out.append(
-            f"{n} with crop selection: {100 * row['selected: realistic consistency']:.1f}% of answers survive a one-pixel "
-            f"camera move (plain centre crop {100 * row['plain: realistic consistency']:.1f}%), all eight moves "
-            f"{100 * row['selected: realistic adversarial']:.1f}% (plain {100 * row['plain: realistic adversarial']:.1f}%; "
-            f"promised {100 * row['promised, all shifts']:.1f}% if scores were uniform, certified for these images "
-            f"{100 * row.get('selected: certified', math.nan):.1f}%). Rolled pictures: "
-            f"{100 * row['cyclic selected: cyclic consistency']:.0f}% (plain {100 * row['plain: cyclic consistency']:.1f}%). Accuracy "
-            f"{100 * row['selected: accuracy']:.1f}%, plain {100 * row['plain: accuracy']:.1f}%, random crops "
-            f"{100 * row['random crop: accuracy']:.1f}%."
+            f"{n} with crop selection: {share['selected: realistic consistency']} of answers survive a camera move of "
+            f"{radius} px (plain centre crop {share['plain: realistic consistency']}); "
+            f"{share['selected: realistic adversarial']} all moves (plain {share['plain: realistic adversarial']}). "
+            f"The same crop is chosen in {share['same crop']} of moves; scores that are uniform would promise "
+            f"{share['promised, one axis']} along an axis, {share['promised, all shifts']} for all moves at once, and "
+            f"{share.get('selected: certified', 'none')} of these images are certified. Rolled pictures: "
+            f"{share['cyclic selected: cyclic consistency']} (plain {share['plain: cyclic consistency']}). Accuracy "
+            f"{share['selected: accuracy']}, cyclic {share['cyclic selected: accuracy']}, plain "
+            f"{share['plain: accuracy']}, random crops {share['random crop: accuracy']}."
         )
     return out
 

@@ -3,8 +3,8 @@
 Battle of the Backbones: A Large-Scale Comparison of Pretrained Models across Computer Vision Tasks, NeurIPS 2023
 datasets and benchmarks, arXiv 2310.19909. Reference: hsouri/Battle-of-the-Backbones and its bob-* repositories.
 
-Every finished cell (subject, seed, station) is a small file that holds its numbers, seed, time and settings, under a name
-made of what decides them. A run that was interrupted, at whatever moment, goes on where it was and repeats nothing.
+Every finished cell (subject, seed, station) is a small file that holds its numbers, seed, time and settings, under a
+name made of what decides them. A run that was interrupted, at any moment, goes on where it was and repeats nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError, unknown
@@ -36,19 +37,19 @@ from lynceus.gauntlet.outcome import outcome
 class GauntletConfig:
     """The course and its budget.
 
-    mode: "scratch" trains every subject at an equal budget (a name from scratch, given weights go on from there); "frozen"
-      reads features as they are, computed once and shared by all probes.
+    mode: "scratch" trains every subject at an equal budget (a name from scratch, given weights go on from there);
+      "frozen" reads features as they are, computed once and shared by all probes.
     steps, batch_size: the budget. seconds: a cap on each training's time instead (then results depend on the machine).
     lr: peak rate of AdamW; with more than one, every subject tries the same ones on a tenth of the training images.
-    augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and test on
-      the central one, which leaves room for crop selection.
+    augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and
+      test on the central one, which leaves room for crop selection.
     seeds: of initialisation, order and draws; one training each.
     size: side that pictures are resized to first; None: 16 when they are smaller, else as they are; 64 for files.
     test_share, limit: share held out when the data names no test split; at most this many pictures.
     stations: names of the stations, None for all of the mode. shift_images, radius: of the shift station.
     episodes: of few-shot. finetune_steps: frozen mode also fine-tunes for that long (0: not). photos: folder of
       photographs for copy detection (frozen mode).
-    jobs, threads: processes and threads of each. Results depend on `threads` in the last digits only, on `jobs` not at all.
+    jobs, threads: processes and threads of each. `jobs` changes no result, `threads` the last digits.
     """
 
     mode: Literal["scratch", "frozen"] = "scratch"
@@ -120,12 +121,12 @@ def gauntlet(
 ) -> Report:
     """Runs every model through the course on `data` and ranks them.
 
-    models: names of `list_models()`, "timm:NAME", "raw pixels", "HOG", "colour histogram"; modules, Subjects and feature
-      functions; run folders of trained models; (label, any of these) and (name, weights file).
+    models: names of `list_models()`, "timm:NAME", "raw pixels", "HOG", "colour histogram"; modules, Subjects and
+      feature functions; run folders of trained models; (label, any of these) and (name, weights file).
     data: a labelled Dataset (its own test split, or a stratified one), or a pair (train, test).
     out: keeps cells, trained weights and the report; a later call continues there. resume=False starts it anew.
-    Report: rows by rank; arrays "z", "spearman"; figures accuracy vs cost, z-scores, seeds, learning curves; notes[0] is the
-    answer in words.
+    Report: rows by rank; arrays "z", "spearman"; figures accuracy vs cost, z-scores, seeds, learning curves; notes[0]
+      is the answer in words.
     """
     config = config or GauntletConfig()
     entries = enter(models)
@@ -273,7 +274,7 @@ def divide(data: Any, config: GauntletConfig, entries: Sequence[Entry]) -> tuple
     train, test = in_memory(train, size), in_memory(test, size)
     if config.crop is not None and config.crop + 2 * config.radius > min(test.images.shape[-2:]):
         raise AdviceError(
-            f"crop={config.crop} leaves no room for shifts of {config.radius} in pictures of {tuple(test.images.shape[-2:])}."
+            f"crop={config.crop} leaves no room for shifts of {config.radius} in these pictures: {tuple(test.images.shape)}."
         )
     return train, test
 
@@ -288,18 +289,19 @@ def in_memory(data: Any, size: int | None) -> Any:
         raise AdviceError(
             f"{len(data)} pictures of {size} x {size} do not fit into 2 GB; use limit= or a smaller size=."
         )
-    parts = []
+    parts, kept = [], []
     for start in range(0, len(data), 256):
-        rows = range(start, min(start + 256, len(data)))
         if data.images is not None:
-            part = [data.images[start : start + 256]]
-            part = list(torch.nn.functional.interpolate(
-                part[0].float() / 255, (size, size), mode="bicubic", antialias=True, align_corners=False
-            ))  # fmt: skip
-        else:
-            part = [resized(data[i].image, (size, size)) for i in rows]
-        parts += [(x * 255).round().clamp(0, 255).to(torch.uint8) for x in part]
-    return data.hold(torch.stack(parts))
+            x = data.images[start : start + 256].float() / 255
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
+            parts.append((x * 255).round().clamp(0, 255).to(torch.uint8))
+            kept += range(start, start + len(x))
+            continue
+        for i in range(start, min(start + 256, len(data))):
+            for sample in data.__getitems__([i]):  # an unreadable picture is counted and left out
+                parts.append((resized(sample.image, (size, size))[None] * 255).round().clamp(0, 255).to(torch.uint8))
+                kept.append(i)
+    return (data if len(kept) == len(data) else data.subset(kept)).hold(torch.cat(parts))
 
 
 def preset(name: str, **changes: Any) -> GauntletConfig:

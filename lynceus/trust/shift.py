@@ -50,6 +50,7 @@ class ShiftConsistency:
     stored: images are first resized to this short side and cut square; None needs images of one size.
     embedding: True reads the outputs as vectors: cosine similarity, and whether the nearest neighbour changes. False
       reads them as classes. features: with classes, also looks at the vectors before the classifier.
+    extend: repeats the border pixels this far, for pictures whose surroundings nobody knows: the view can then be whole.
     limit: at most this many images. batch_size: images per pass.
     """
 
@@ -62,6 +63,7 @@ class ShiftConsistency:
     stored: int | None = None
     embedding: bool = False
     features: bool = False
+    extend: int = 0
     limit: int | None = None
     batch_size: int = 64
 
@@ -77,6 +79,7 @@ class ShiftConsistency:
             labels=labels,
             embedding=self.embedding,
             features=self.features,
+            extend=self.extend,
             batch_size=self.batch_size,
             seed=seed,
         )
@@ -93,6 +96,7 @@ def shift(
     embedding: bool = False,
     anchors: Float[Tensor, "k c"] | None = None,
     features: bool = False,
+    extend: int = 0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Report:
@@ -101,7 +105,7 @@ def shift(
     subject: any model or function of pixels. images: (b, 3, H, W), uint8 or [0, 1], larger than the view for realistic
       shifts. shifts: (rows, columns) pairs, or r for r pixels in eight directions.
     embedding: the outputs are vectors. anchors: vectors of class texts or prototypes; the nearest one is then the
-      answer, else the nearest other image is. labels: (b,) adds accuracy.
+      answer, else the nearest other image is. labels: (b,) adds accuracy. extend: see ShiftConsistency.
     """
     if kind not in ("realistic", "cyclic", "both"):
         raise unknown("kind of shift", str(kind), ("realistic", "cyclic", "both"))
@@ -112,8 +116,13 @@ def shift(
     if not moves:
         raise AdviceError("shift needs at least one shift, such as [(0, 1)].")
     reach = (max(abs(a) for a, _ in moves), max(abs(b) for _, b in moves))
-    size = _view(subject, images, view, reach)
     report = Report(name="shift consistency", environment=environment(seed))
+    if extend:
+        images = F.pad(as_float(images), (extend,) * 4, mode="replicate")
+        report.notes.append(
+            f"Nothing is known beyond the pictures: their border pixels were repeated {extend} px outwards."
+        )
+    size = _view(subject, images, view, reach)
     if subject.size is not None and tuple(subject.size) != size:
         report.notes.append(f"The subject resizes views of {size} to {subject.size} after the shift.")
     kinds = ("realistic", "cyclic") if kind == "both" else (kind,)

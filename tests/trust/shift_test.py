@@ -136,6 +136,15 @@ def test_photographs_of_many_sizes_need_a_stored_size(imagenet_jpegs):
     assert report.rows[0]["images"] == 3
 
 
+def test_pictures_without_known_surroundings_are_extended_by_their_border():
+    images, _ = gather(samples(8, 12))
+    report = shift(brightest, images, 1, extend=1)
+    assert report.rows[0]["images"] == 8
+    assert "border pixels" in " ".join(report.notes)
+    same = shift(brightest, torch.nn.functional.pad(images.float() / 255, (1, 1, 1, 1), mode="replicate"), 1)
+    assert same.rows == report.rows
+
+
 def test_mistakes_are_advised():
     images, _ = gather(samples())
     with pytest.raises(AdviceError, match="leave room"):
