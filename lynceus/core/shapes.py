@@ -10,22 +10,25 @@ from torch import Tensor
 
 def pad_image(image: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c H W"]:
     """Zero-pads right and bottom to multiples of `multiple`. Works under export (free sizes)."""
-    bottom = -image.shape[-2] % multiple
-    right = -image.shape[-1] % multiple
-    return _pad(image, (0, right, 0, bottom))
+    height, width = image.shape[-2:]
+    return _pad(image, (0, rounded_up(width, multiple) - width, 0, rounded_up(height, multiple) - height))
 
 
 def pad_to(image: Float[Tensor, "b c h w"], least: int) -> Float[Tensor, "b c H W"]:
-    """Zero-pads right and bottom so that height and width are at least `least`. Works under export (free sizes)."""
-    height, width = image.shape[-2:]
-    return _pad(image, (0, torch.sym_max(width, least) - width, 0, torch.sym_max(height, least) - height))
+    """Zero-pads right and bottom to at least `least`. Free sizes of an exported program must be that large already."""
+    height, width = (least if isinstance(n, torch.SymInt) else n for n in image.shape[-2:])
+    return _pad(image, (0, max(least - width, 0), 0, max(least - height, 0)))
 
 
 def pad_map(x: Float[Tensor, "b h w c"], multiple: int) -> Float[Tensor, "b H W c"]:
     """The same for a channels-last map."""
-    bottom = -x.shape[1] % multiple
-    right = -x.shape[2] % multiple
-    return _pad(x, (0, 0, 0, right, 0, bottom))
+    height, width = x.shape[1:3]
+    return _pad(x, (0, 0, 0, rounded_up(width, multiple) - width, 0, rounded_up(height, multiple) - height))
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    """The next multiple, written so that a free size stays a simple expression."""
+    return (size + multiple - 1) // multiple * multiple
 
 
 def _pad(x: Tensor, pads: tuple[int, ...]) -> Tensor:

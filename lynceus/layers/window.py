@@ -19,15 +19,24 @@ from lynceus.layers.fused import fusable, linear
 BLOCKED = -100.0  # added to the logits of pairs that only meet because the map was rolled
 
 
+def grid(height: int, width: int, window: int) -> tuple[int, int]:
+    """Rows and columns of windows over a map."""
+    return (height + window - 1) // window, (width + window - 1) // window
+
+
 def to_windows(x: Float[Tensor, "b h w c"], window: int, shift: int = 0) -> Float[Tensor, "windows cells c"]:
     """Windows in row-major order, image by image: (b * rows * columns, window**2, c)."""
+    b, c = x.shape[0], x.shape[3]
+    rows, columns = grid(x.shape[1], x.shape[2], window)
+    h, w = rows * window, columns * window
     x = pad_map(x, window)
-    b, h, w, c = x.shape
-    rows, columns = h // window, w // window
-    if shift and fusable(x):  # one pass over memory instead of the three of roll and reshape
-        order = (torch.arange(h).add_(shift).remainder_(h) * w).view(rows, 1, window, 1)
-        order = order + torch.arange(w).add_(shift).remainder_(w).view(1, columns, 1, window)
-        return x.reshape(b, h * w, c).index_select(1, order.view(-1)).view(-1, window * window, c)
+    if _by_index(x, shift):
+        place = torch.arange(rows * columns * window * window, device=x.device)
+        number, cell = place // (window * window), place % (window * window)
+        row = (number // columns * window + cell // window + shift) % h
+        order = row * w + (number % columns * window + cell % window + shift) % w
+        x = x.reshape(b, h * w, c).index_select(1, order)
+        return x.view(b * rows * columns, window * window, c)
     if shift:
         x = torch.roll(x, (-shift, -shift), (1, 2))
     x = x.reshape(b, rows, window, columns, window, c).transpose(2, 3)
@@ -35,24 +44,27 @@ def to_windows(x: Float[Tensor, "b h w c"], window: int, shift: int = 0) -> Floa
 
 
 def from_windows(
-    x: Float[Tensor, "windows cells c"], size: tuple[int, int], window: int, shift: int = 0
+    x: Float[Tensor, "windows cells c"], size: tuple[int, int, int], window: int, shift: int = 0
 ) -> Float[Tensor, "b h w c"]:
-    """The reverse of `to_windows` for a map of `size` (h, w): un-rolled, without the padding."""
-    height, width = size
-    rows, columns = -(-height // window), -(-width // window)
+    """The reverse of `to_windows` for a map of `size` (b, h, w): un-rolled, without the padding."""
+    b, height, width = size
+    rows, columns = grid(height, width, window)
     h, w, c = rows * window, columns * window, x.shape[-1]
-    b = x.shape[0] // (rows * columns)
-    if shift and fusable(x):
-        down = torch.arange(height).sub_(shift).remainder_(h)
-        across = torch.arange(width).sub_(shift).remainder_(w)
-        down = (down // window) * (columns * window * window) + (down % window) * window
-        across = (across // window) * (window * window) + across % window
-        order = (down[:, None] + across).view(-1)
+    if _by_index(x, shift):
+        place = torch.arange(height * width, device=x.device)
+        row, column = (place // width + h - shift) % h, (place % width + w - shift) % w
+        number = row // window * columns + column // window
+        order = number * (window * window) + row % window * window + column % window
         return x.reshape(b, h * w, c).index_select(1, order).view(b, height, width, c)
     x = x.reshape(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, h, w, c)
     if shift:
         x = torch.roll(x, (shift, shift), (1, 2))
     return x[:, :height, :width]
+
+
+def _by_index(x: Tensor, shift: int) -> bool:
+    """Cells moved by one gather: one pass over memory instead of three, and no question about free sizes in an export."""
+    return (shift > 0 and fusable(x)) or torch.compiler.is_exporting()
 
 
 def relative_index(window: int) -> Int[Tensor, "cells cells"]:
@@ -70,10 +82,9 @@ def shift_mask(
     cells = window * window
     by_row = differ[:, None, :, None].expand(window, window, window, window).reshape(cells, cells)
     by_column = differ[None, :, None, :].expand(window, window, window, window).reshape(cells, cells)
-    last_row = torch.arange(rows, device=device) == rows - 1
-    last_column = torch.arange(columns, device=device) == columns - 1
-    blocked = (last_row[:, None, None, None] & by_row) | (last_column[:, None, None] & by_column)
-    return blocked.reshape(rows * columns, cells, cells).float() * BLOCKED
+    number = torch.arange(rows * columns, device=device)[:, None, None]
+    blocked = ((number // columns == rows - 1) & by_row) | ((number % columns == columns - 1) & by_column)
+    return blocked.float() * BLOCKED
 
 
 class WindowAttention(nn.Module):
@@ -132,11 +143,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         b, h, w, c = x.shape
-        rows, columns = -(-h // self.window), -(-w // self.window)
+        rows, columns = grid(h, w, self.window)
         cells = self.window * self.window
         lean = fusable(x) and not self.training
         x = to_windows(x, self.window, self.shift)
-        count = x.shape[0]
+        count = b * rows * columns
         qkv = linear(self.qkv, x).view(count, cells, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._bias_kept(rows, columns, q.dtype) if lean else self.bias(rows, columns, q.dtype)
@@ -144,8 +155,11 @@ class WindowAttention(nn.Module):
             bias = bias[None].expand(b, -1, -1, -1, -1).reshape(count, self.heads, cells, cells)
         drop = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
-        x = linear(self.proj, x.transpose(1, 2).reshape(count, cells, c))
-        return from_windows(self.proj_drop(x), (h, w), self.window, self.shift)
+        x = x.transpose(1, 2)
+        if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
+            x = x.clone(memory_format=torch.contiguous_format)
+        x = linear(self.proj, x.reshape(count, cells, c))
+        return from_windows(self.proj_drop(x), (b, h, w), self.window, self.shift)
 
 
 class WindowMlp(nn.Module):
@@ -166,12 +180,12 @@ class WindowMlp(nn.Module):
         self.spatial_mlp = nn.Conv1d(heads * cells, heads * cells, 1, groups=heads)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        h, w, c = x.shape[1:]
+        b, h, w, c = x.shape
         cells, before, after = self.window * self.window, self.window - self.shift, self.shift
         x = pad_map(x, self.window)
         if self.shift:
             x = F.pad(x, (0, 0, before, after, before, after))
-        size = (x.shape[1], x.shape[2])
+        size = (b, x.shape[1], x.shape[2])
         x = to_windows(x, self.window)
         count = x.shape[0]
         x = x.view(count, cells, self.heads, c // self.heads).transpose(1, 2)
