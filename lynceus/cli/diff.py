@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     lines = dict.fromkeys(["import torch", first[0], second[0], "from lynceus.reengineer.divergence import diff"])
     twin = "\n".join(lines) + f"\n\nprint(diff({first[1]}, {second[1]}, torch.rand{tuple(images.shape)!r}).table())"
     show(report, out=options.out, twin=twin)
-    return 0 if report.summary["agree"] else 1
+    return int(report.summary["exit_code"])
 
 
 def _is_report(text: str) -> bool:

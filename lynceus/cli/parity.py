@@ -23,12 +23,11 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="lynceus parity")
-    from lynceus.core.errors import AdviceError
-    from lynceus.reengineer.parity import parity
+    from lynceus.core.progress import progress
+    from lynceus.reengineer.parity import exit_code, parity
 
-    if not options.records:
-        raise AdviceError("Name at least one record: lynceus parity FILE.json [FILE.json ...]")
-    report = parity(options.records)
+    with progress("parity", total=len(options.records), unit="records") as bar:
+        report = parity(options.records, progress=lambda done, total, name: bar.advance(done - bar.done, record=name))
     names = [str(p) for p in options.records]
     show(report, out=options.out, twin=f"from lynceus.reengineer.parity import parity\nprint(parity({names!r}).table())")
-    return 0 if report.summary["agree"] else 1
+    return exit_code(report)
