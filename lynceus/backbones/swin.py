@@ -273,17 +273,17 @@ VARIANTS: dict[str, SwinConfig] = {
     "swin_nano": SwinConfig(
         image_size=(32, 32), patch_size=2, embed_dim=48, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=4
     ),
-    "swin_tiny": _variant(96, 6, 3, 0.2),
-    "swin_small": _variant(96, 18, 3, 0.3),
-    "swin_base": _variant(128, 18, 4, 0.5),
-    "swin_large": _variant(192, 18, 6, 0.2),
-    "swin_base_384": _variant(128, 18, 4, 0.5, window=12, size=384),
-    "swin_large_384": _variant(192, 18, 6, 0.2, window=12, size=384),
-    "swin_tiny_c24": _variant(96, 6, 4, 0.2, window=8, size=256),
-    "swin_mlp_tiny_c24": _variant(96, 6, 4, 0.2, window=8, size=256, mixer="mlp"),
-    "swin_mlp_tiny_c12": _variant(96, 6, 8, 0.2, window=8, size=256, mixer="mlp"),
-    "swin_mlp_tiny_c6": _variant(96, 6, 16, 0.2, window=8, size=256, mixer="mlp"),
-    "swin_mlp_base": _variant(128, 18, 4, 0.5, mixer="mlp"),
+    "swin_tiny_patch4_window7_224": _variant(96, 6, 3, 0.2),
+    "swin_small_patch4_window7_224": _variant(96, 18, 3, 0.3),
+    "swin_base_patch4_window7_224": _variant(128, 18, 4, 0.5),
+    "swin_large_patch4_window7_224": _variant(192, 18, 6, 0.2),
+    "swin_base_patch4_window12_384": _variant(128, 18, 4, 0.5, window=12, size=384),
+    "swin_large_patch4_window12_384": _variant(192, 18, 6, 0.2, window=12, size=384),
+    "swin_tiny_c24_patch4_window8_256": _variant(96, 6, 4, 0.2, window=8, size=256),
+    "swin_mlp_tiny_c24_patch4_window8_256": _variant(96, 6, 4, 0.2, window=8, size=256, mixer="mlp"),
+    "swin_mlp_tiny_c12_patch4_window8_256": _variant(96, 6, 8, 0.2, window=8, size=256, mixer="mlp"),
+    "swin_mlp_tiny_c6_patch4_window8_256": _variant(96, 6, 16, 0.2, window=8, size=256, mixer="mlp"),
+    "swin_mlp_base_patch4_window7_224": _variant(128, 18, 4, 0.5, mixer="mlp"),
 }
 
 

@@ -63,7 +63,7 @@ def from_windows(
 
 
 def _by_index(x: Tensor, shift: int) -> bool:
-    """Cells moved by one gather: one pass over memory instead of three, and no question about free sizes in an export."""
+    """Cells moved by one gather: one pass over memory instead of three; in an export, no question about free sizes."""
     return (shift > 0 and fusable(x)) or torch.compiler.is_exporting()
 
 
