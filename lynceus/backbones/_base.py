@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         return features.mean((-2, -1))
 
     def features_and_stages(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, list[Tensor]]:
-        """`forward_features` and `forward_stages` in one pass; families whose features are not the last map write it."""
+        """`forward_features` and `forward_stages` in one pass; written where features are not the last map."""
         maps = self.forward_stages(image)
         return maps[-1], maps
 
