@@ -135,15 +135,22 @@ class Annotations:
 
 
 def fill(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
-    """The pixels whose centre lies inside any of the polygons (x, y in pixels; pixel 0 spans 0..1)."""
-    from PIL import Image, ImageDraw
-
-    picture = Image.new("1", (size[1], size[0]))
-    draw = ImageDraw.Draw(picture)
+    """The pixels whose centre lies inside any of the polygons (x, y in pixels; pixel 0 spans 0..1), by even-odd rule."""
+    h, w = size
+    out = np.zeros((h, w), dtype=bool)
+    centres = np.arange(h) + 0.5
     for polygon in polygons:
-        if len(polygon) >= 3:
-            draw.polygon([(float(x) - 0.5, float(y) - 0.5) for x, y in polygon], fill=1)
-    return torch.from_numpy(np.array(picture))
+        if len(polygon) < 3:
+            continue
+        x1, y1 = np.asarray(polygon, dtype=np.float64).T
+        x2, y2 = np.roll(x1, -1), np.roll(y1, -1)
+        crossed = (np.minimum(y1, y2)[:, None] <= centres) & (centres < np.maximum(y1, y2)[:, None])
+        edge, row = np.nonzero(crossed)
+        at = x1[edge] + (centres[row] - y1[edge]) * (x2[edge] - x1[edge]) / (y2[edge] - y1[edge])
+        turns = np.zeros((h, w + 1), dtype=np.int64)
+        np.add.at(turns, (row, np.clip(np.ceil(at - 0.5), 0, w).astype(np.int64)), 1)
+        out |= turns.cumsum(1)[:, :w] % 2 == 1
+    return torch.from_numpy(out)
 
 
 def decode_rle(text: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:

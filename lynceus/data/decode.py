@@ -151,7 +151,8 @@ def image_size(source: str | Path | bytes, *, name: str = "") -> tuple[int, int]
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             w, h = opened.size
-            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            # Pillow has turned the size of a TIFF already
+            turned = opened.format != "TIFF" and opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except FileNotFoundError:
         raise MissingError(f"There is no file {where} (looked from {os.getcwd()}).") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

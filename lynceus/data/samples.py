@@ -114,7 +114,7 @@ def sample(name: str) -> Sample:
 
 
 def faces() -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-image's 200 grey patches as RGB uint8 (200, 3, 25, 25), and labels: 1 for the 100 faces, 0 for the rest."""
+    """scikit-image's 200 grey patches as RGB uint8 (200, 3, 25, 25), and labels: 1 for 100 faces, 0 for the rest."""
     folder = _folder("skimage", "data")
     path = folder / "lfw_subset.npy" if folder is not None else None
     if path is None or not path.is_file():

@@ -20,12 +20,12 @@ from torchvision.transforms.v2 import functional as F
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.types import Batch, Sample
-from lynceus.data.geometry import flipped, has_geometry, resized_crop
+from lynceus.data.geometry import flipped, has_geometry, resized, resized_crop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalView:
-    """Shorter side to size / crop, then the centre of size x size; boxes, masks and maps move along.
+    """Shorter side to floor(size / crop), then the centre of size x size; boxes, masks and maps move along.
 
     size: side of the square in pixels, or (h, w). crop: share of the resized picture that is kept, 0.875 as usual.
     """
@@ -33,13 +33,20 @@ class EvalView:
     size: int | tuple[int, int] = 224
     crop: float = 0.875
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise AdviceError(f"crop is the share of the resized picture that is kept, in 0..1; got {self.crop}.")
+
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         h, w = _pair(self.size)
         height, width = sample.image.shape[-2:]
-        # the window of the original that the centre of the resized picture shows
-        ratio = min(height / h, width / w) * self.crop
-        tall, wide = min(height, round(h * ratio)), min(width, round(w * ratio))
-        return resized_crop(sample, (height - tall) // 2, (width - wide) // 2, max(1, tall), max(1, wide), (h, w))
+        tall, wide = math.floor(h / self.crop), math.floor(w / self.crop)
+        if tall * width >= wide * height:
+            wide = max(wide, int(tall * width / height))
+        else:
+            tall = max(tall, int(wide * height / width))
+        out = resized(sample, (tall, wide))
+        return resized_crop(out, round((tall - h) / 2), round((wide - w) / 2), h, w, (h, w))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ def grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def outline(
     kind: str, cy: float, cx: float, radius: float, angle: float, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """The pixels whose centre lies in a circle, square or triangle of circumradius `radius`, turned by `angle` (rad)."""
+    """The pixels whose centre lies in a circle, square or triangle of circumradius `radius`, turned by `angle`."""
     y, x = grid(*size)
     y, x = y - cy, x - cx
     if kind == "circle":
