@@ -175,12 +175,9 @@ def main() -> None:
     if args.train:
         cases += [("train", torch.float32, b) for b in args.batch]
     rows: list[Row] = []
-    print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, timm {timm.__version__}"
-    )
-    print(
-        f"{'model':32}{'peer':36}{'what':9}{'dtype':10}{'batch':>5}{'ours ms':>10}{'peer ms':>10}{'ratio':>7}{'diff/std':>10}"
-    )
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, timm {timm.__version__}")
+    heads = f"{'model':32}{'peer':36}{'what':9}{'dtype':10}{'batch':>5}"
+    print(f"{heads}{'ours ms':>10}{'peer ms':>10}{'ratio':>7}{'diff/std':>10}")
     with tempfile.TemporaryDirectory() as workdir:
         for what, dtype, batch in cases:
             mine = []
@@ -196,9 +193,8 @@ def main() -> None:
                 if ours in GOAL:
                     mine.append(r.ratio)
             if len(mine) > 1:
-                print(
-                    f"    geometric mean of {len(mine)}: {statistics.geometric_mean(mine):.3f}x, lowest {min(mine):.3f}x"
-                )
+                mean = statistics.geometric_mean(mine)
+                print(f"    geometric mean of {len(mine)}: {mean:.3f}x, lowest {min(mine):.3f}x")
     if args.out:
         environment = {"torch": torch.__version__, "timm": timm.__version__, "threads": args.threads}
         environment |= {"torchvision": torchvision.__version__, "machine": platform.platform()}

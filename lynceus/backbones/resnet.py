@@ -55,10 +55,12 @@ def conv(inside: int, outside: int, size: int, *, stride: int = 1, groups: int =
 class Block(nn.Module):
     """What both kinds of block share: the skip, stochastic depth, and the sum."""
 
-    def __init__(self, inside: int, outside: int, stride: int, drop_path: float):
-        super().__init__()
+    downsample: nn.Sequential | None
+
+    def add_skip(self, inside: int, outside: int, stride: int, drop_path: float) -> None:
+        """Last in the constructors, so that parameters stand in torchvision's order."""
         self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Sequential | None = None
+        self.downsample = None
         if stride != 1 or inside != outside:
             self.downsample = nn.Sequential(conv(inside, outside, 1, stride=stride), nn.BatchNorm2d(outside))
         self.drop_path = DropPath(drop_path)
@@ -90,11 +92,12 @@ class BasicBlock(Block):
     def __init__(self, inside: int, width: int, config: ResNetConfig, *, stride: int, dilation: int, drop_path: float):
         if config.groups != 1 or config.width_per_group != 64:
             raise AdviceError("groups and width_per_group are options of block='bottleneck'.")
-        super().__init__(inside, width, stride, drop_path)
+        super().__init__()
         self.conv1 = conv(inside, width, 3, stride=stride, dilation=dilation)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
+        self.add_skip(inside, width, stride, drop_path)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d H W"]:
         y = conv_bn(x, self.conv1, self.bn1, folds=self.folds, name="first", relu=self.relu)
@@ -107,13 +110,14 @@ class Bottleneck(Block):
     def __init__(self, inside: int, width: int, config: ResNetConfig, *, stride: int, dilation: int, drop_path: float):
         outside = width * EXPANSION["bottleneck"]
         middle = int(width * (config.width_per_group / 64.0)) * config.groups
-        super().__init__(inside, outside, stride, drop_path)
+        super().__init__()
         self.conv1 = conv(inside, middle, 1)
         self.bn1 = nn.BatchNorm2d(middle)
         self.conv2 = conv(middle, middle, 3, stride=stride, groups=config.groups, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = conv(middle, outside, 1)
         self.bn3 = nn.BatchNorm2d(outside)
+        self.add_skip(inside, outside, stride, drop_path)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d H W"]:
         y = conv_bn(x, self.conv1, self.bn1, folds=self.folds, name="first", relu=self.relu)

@@ -367,9 +367,10 @@ def _variants() -> dict[str, ViTConfig]:
         table[f"vit_{size}_patch14_reg4_dinov2"] = _size(size, **dino, registers=4, position_prefix=False)
         table[f"flexivit_{size}"] = _size(size, 16, 240, position_prefix=False)
     mean: dict[str, Any] = {"class_token": False, "pool": "avg"}
+    first: dict[str, Any] = {"init_values": 1e-6, "fc_norm": False}
     for size, sides in {"medium": (240, 256, 384), "betwixt": (256,)}.items():
         for s in sides:
-            table[f"vit_{size}_patch16_gap_{s}"] = _size(size, 16, s, init_values=1e-6, fc_norm=False, **mean)
+            table[f"vit_{size}_patch16_gap_{s}"] = _size(size, 16, s, qkv_bias=False, **first, **mean)
     table["vit_base_patch16_gap_224"] = ViTConfig(dim=768, depth=12, heads=16, fc_norm=False, **mean)
     mean["position_prefix"] = False
     shapes = {
