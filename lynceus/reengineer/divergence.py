@@ -65,7 +65,7 @@ def diff(
 
     Both models are given back as they came: dtype, mode, gradients and buffers.
     inputs: the model's argument, or a sequence of arguments. mapping: module names of a -> names of b; None aligns
-    equal names, and the rest by order of execution, kind and size. tolerance: in units of an output's standard deviation.
+    equal names, and the rest by order of execution, kind and size. tolerance: in units of an output's std.
     gradients: also one backward of a seeded scalar, compared parameter by parameter. training: train mode with every
     dropout and stochastic depth off. unfused: attention through its plain formula. float32: the gap of the outputs in
     float32 is measured too. expand: a row for every module instead of those that differ.
@@ -432,8 +432,8 @@ def _first_operation(
 
 @contextmanager
 def _prepared(model: nn.Module, *, training: bool, dtype: torch.dtype = torch.float64) -> Iterator[None]:
-    """The model itself in `dtype` and mode inside the block, as it was afterwards. No copy is run instead: a method that
-    was replaced on an instance would still belong to the original."""
+    """The model itself in `dtype` and mode inside the block, as it was afterwards. No copy is run: a method replaced on
+    an instance would still belong to the original."""
     modes = [(m, m.training) for m in model.modules()]
     data = [(p, p.data, p.grad) for p in model.parameters()]
     buffers = [(m, dict(m._buffers)) for m in model.modules()]

@@ -68,8 +68,7 @@ def relu_for_gelu(model):
 
 
 def padding_mode(model):
-    name, module = first(model, nn.Conv2d, 2)
-    assert module.padding != (0, 0)
+    name, module = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.padding == (1, 1))
     module.padding_mode = "reflect"
     module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]
     return name
@@ -197,7 +196,7 @@ def class_order(model):
 
 FAULTS = [
     ("vit", eps), ("swin", eps), ("convnext", eps), ("resnet", bn_eps), ("vit", tanh_gelu), ("convnext", tanh_gelu),
-    ("swin", relu_for_gelu), ("convnext", padding_mode), ("resnet", dilation), ("vit", swapped_q_and_k),
+    ("swin", relu_for_gelu), ("resnet", padding_mode), ("resnet", dilation), ("vit", swapped_q_and_k),
     ("swin", swapped_q_and_k), ("vit", bias_missing), ("swin", bias_kept_out_of_attention), ("vit", missing_scale),
     ("vit", wrong_head_order), ("vit", post_norm), ("swin", skip_dropped), ("swin", shift_off_by_one),
     ("swin", bias_table_transposed), ("swin", merging_order), ("convnext", layer_scale_dropped),

@@ -1,0 +1,86 @@
+"""What papers and repositories claim of the families that are reproduced here, for the model cards.
+
+Parameter counts are those of the authors' code at 1000 classes; multiply-adds in units of 1e9 at the variant's own image
+size; accuracy is ImageNet-1K top-1 in per cent, as published, trained on ImageNet-1K at that size unless it says else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+UNMEASURED = "not measured: it needs the published weights and the ImageNet validation images, and neither is part of this project"
+PROTOCOL = "ImageNet-1K validation, one centre crop at the model's size"
+
+CLAIMS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "paper": "An Image is Worth 16x16 Words, ICLR 2021, arXiv 2010.11929; DeiT, ICML 2021, arXiv 2012.12877",
+        "code": "huggingface/pytorch-image-models@aa4b5850c154",
+        "licence": "Apache-2.0",
+        "counts": {
+            "vit_tiny": (5_717_416, 1.08),
+            "vit_small": (22_050_664, 4.24),
+            "vit_base": (86_567_656, 16.85),
+            "vit_large": (304_326_632, None),
+        },
+        "macs_note": "claimed multiply-adds are those of the linear layers; ours count the attention products too",
+        "metrics": {"vit_tiny": 72.2, "vit_small": 79.8, "vit_base": 81.8},
+        "metrics_note": "DeiT recipe, as published with DeiT",
+        "deviations": [
+            "Images of any size: padded or with positions resized inside; the reference asserts its size unless told.",
+            "Fused attention and, on a CPU in eval mode, fused linear kernels; the formula is the same.",
+        ],
+    },
+    "resnet": {
+        "paper": "Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385",
+        "code": "torchvision 0.29.2",
+        "licence": "BSD-3-Clause",
+        "counts": {
+            "resnet18": (11_689_512, 1.814),
+            "resnet34": (21_797_672, 3.664),
+            "resnet50": (25_557_032, 4.089),
+        },
+        "macs_note": "",
+        "metrics": {"resnet18": 69.758, "resnet34": 73.314, "resnet50": 76.130},
+        "metrics_note": "torchvision's V1 weights",
+        "deviations": [
+            "The stride of a bottleneck is on its 3x3 convolution (torchvision's form), not on the first 1x1 as in the paper.",
+            "In eval mode batch normalisation is folded into the convolution before it; training is untouched.",
+        ],
+    },
+    "convnext": {
+        "paper": "A ConvNet for the 2020s, CVPR 2022, arXiv 2201.03545",
+        "code": "facebookresearch/ConvNeXt@048efcea897d",
+        "licence": "MIT",
+        "counts": {
+            "convnext_tiny": (28_589_128, 4.5),
+            "convnext_small": (50_223_688, 8.7),
+            "convnext_base": (88_591_464, 15.4),
+            "convnext_large": (197_767_336, 34.4),
+            "convnext_xlarge": (350_196_968, 60.9),
+        },
+        "macs_note": "claimed multiply-adds are rounded by the repository",
+        "metrics": {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8, "convnext_large": 84.3},
+        "metrics_note": "the repository's averaged weights",
+        "deviations": [
+            "Maps are channels-last inside; the perceptron runs in pieces on a CPU; results agree with the plain route.",
+        ],
+    },
+    "swin": {
+        "paper": "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv 2103.14030",
+        "code": "microsoft/Swin-Transformer@f82860bfb522 (dense form: Swin-Transformer-Object-Detection@c7b20110addd)",
+        "licence": "MIT (dense form: Apache-2.0)",
+        "counts": {
+            "swin_tiny": (28_288_354, 4.49),
+            "swin_small": (49_606_258, 8.75),
+            "swin_base": (87_768_224, 15.44),
+            "swin_large": (196_532_476, 34.5),
+        },
+        "macs_note": "claimed multiply-adds are those that the authors' code counts",
+        "metrics": {"swin_tiny": 81.2, "swin_small": 83.2, "swin_base": 83.5},
+        "metrics_note": "the repository's table",
+        "deviations": [
+            "Images of any size: the classification code asserts the size it was built for; here maps are padded to windows.",
+            "Masks and bias indices are built on demand instead of stored; such buffers in a checkpoint are ignored.",
+        ],
+    },
+}
