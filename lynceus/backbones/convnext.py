@@ -87,7 +87,7 @@ class ConvNeXt(Backbone):
     """ConvNeXt in its classification, dense and isotropic forms.
 
     Maps are those leaving each stage, before any norm (dense: after `norms`), with floor sizes: 225x250 gives 56x62,
-    28x31, 14x15, 7x7. Images smaller than the coarsest stride are zero-padded to it. The classifier reads LayerNorm of
+    28x31, 14x15, 7x7. A map too small for the next convolution is zero-padded to it. The classifier reads LayerNorm of
     the global mean.
     """
 
@@ -120,10 +120,9 @@ class ConvNeXt(Backbone):
             self.head.bias.data.mul_(config.head_init_scale)
 
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
-        x = pad_to(image, self.stages[-1].stride)
-        maps = []
+        x, maps = image, []
         for i, (down, blocks) in enumerate(zip(self.downsample, self.layers)):
-            x = down(x).permute(0, 2, 3, 1)
+            x = down(pad_to(x, 2 if i else self.config.patch_size)).permute(0, 2, 3, 1)
             for block in blocks:
                 x = self.run_block(block, x)
             x = x.permute(0, 3, 1, 2)

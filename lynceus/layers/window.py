@@ -33,8 +33,9 @@ def to_windows(x: Float[Tensor, "b h w c"], window: int, shift: int = 0) -> Floa
     if _by_index(x, shift):
         place = torch.arange(rows * columns * window * window, device=x.device)
         number, cell = place // (window * window), place % (window * window)
-        row = (number // columns * window + cell // window + shift) % h
-        order = row * w + (number % columns * window + cell % window + shift) % w
+        high, wide, across = _numbers(h, w, columns, device=x.device)
+        row = (number // across * window + cell // window + shift) % high
+        order = row * wide + (number % across * window + cell % window + shift) % wide
         x = x.reshape(b, h * w, c).index_select(1, order)
         return x.view(b * rows * columns, window * window, c)
     if shift:
@@ -52,8 +53,9 @@ def from_windows(
     h, w, c = rows * window, columns * window, x.shape[-1]
     if _by_index(x, shift):
         place = torch.arange(height * width, device=x.device)
-        row, column = (place // width + h - shift) % h, (place % width + w - shift) % w
-        number = row // window * columns + column // window
+        high, wide, across, side = _numbers(h, w, columns, width, device=x.device)
+        row, column = (place // side + high - shift) % high, (place % side + wide - shift) % wide
+        number = row // window * across + column // window
         order = number * (window * window) + row % window * window + column % window
         return x.reshape(b, h * w, c).index_select(1, order).view(b, height, width, c)
     x = x.reshape(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, h, w, c)
@@ -65,6 +67,11 @@ def from_windows(
 def _by_index(x: Tensor, shift: int) -> bool:
     """Cells moved by one gather: one pass over memory instead of three; in an export, no question about free sizes."""
     return (shift > 0 and fusable(x)) or torch.compiler.is_exporting()
+
+
+def _numbers(*sizes: int, device: torch.device | None) -> list[Tensor]:
+    """Sizes as tensors: arithmetic with them exports when they are free."""
+    return [torch.full((), n, dtype=torch.int64, device=device) for n in sizes]
 
 
 def relative_index(window: int) -> Int[Tensor, "cells cells"]:
@@ -83,7 +90,8 @@ def shift_mask(
     by_row = differ[:, None, :, None].expand(window, window, window, window).reshape(cells, cells)
     by_column = differ[None, :, None, :].expand(window, window, window, window).reshape(cells, cells)
     number = torch.arange(rows * columns, device=device)[:, None, None]
-    blocked = ((number // columns == rows - 1) & by_row) | ((number % columns == columns - 1) & by_column)
+    down, across = _numbers(rows, columns, device=device)
+    blocked = ((number // across == down - 1) & by_row) | ((number % across == across - 1) & by_column)
     return blocked.float() * BLOCKED
 
 
