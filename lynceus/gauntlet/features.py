@@ -146,7 +146,7 @@ class Extractor:
     model: a Subject, or anything a Subject takes. layer: None for the pooled vector before the classifier, or the name
       of a module inside the model ("layers.2", "backbone.layers.2"; the backbone's own names work too).
     pool: what becomes of a map or of tokens from `layer`: "mean", "max", an int g for a g x g mean grid, or "flat".
-    channels: where a 4-d output of `layer` keeps its channels, "first", "last", or "auto" (told by the module's kind and
+    channels: where a 4-d output of `layer` keeps its channels, "first", "last", or "auto" (by the module's kind and
       the shape; refused when both are possible).
     cache: a FeatureCache, a folder for one, None for memory only.
     """
@@ -170,6 +170,7 @@ class Extractor:
         self.layer, self.pool, self.channels, self.batch_size, self.quiet = layer, pool, channels, batch_size, quiet
         self.cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
         self.module = None if layer is None else self._find(layer)
+        self.level = self._level(layer)
 
     def _find(self, layer: str) -> nn.Module:
         model = self.subject.model
@@ -181,6 +182,13 @@ class Extractor:
         if found is None or layer == "":
             raise unknown("layer", layer, [n for n in [*inner, *named] if n])
         return found
+
+    def _level(self, layer: str | None) -> int | None:
+        """The pyramid level that a layer's name stands for: a stage need not be one module that is called."""
+        model = getattr(self.subject.model, "backbone", self.subject.model)
+        names = [s.name for s in getattr(model, "stages", ()) if hasattr(s, "stride")]
+        layer = (layer or "").removeprefix("backbone.")
+        return names.index(layer) if layer in names and hasattr(model, "forward_intermediates") else None
 
     @property
     def space(self) -> str:
@@ -239,6 +247,8 @@ class Extractor:
         return out.float().cpu().numpy()
 
     def _inner(self, images: Tensor) -> Tensor:
+        if self.level is not None:
+            return self._pooled(self.subject.features(images)[self.level], first=True)
         seen: list[Any] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -254,7 +264,9 @@ class Extractor:
         finally:
             handle.remove()
         if not seen:
-            raise AdviceError(f"The layer {self.layer!r} of {self.subject.name} takes no part in the forward pass.")
+            raise AdviceError(
+                f"The layer {self.layer!r} of {self.subject.name} is never called; name a layer inside it."
+            )
         out = seen[0][0] if isinstance(seen[0], (tuple, list)) else seen[0]
         if not isinstance(out, Tensor):
             raise AdviceError(
@@ -262,13 +274,13 @@ class Extractor:
             )
         return self._pooled(out)
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pooled(self, x: Tensor, *, first: bool = False) -> Tensor:
         if x.ndim == 3:  # tokens (b, n, c)
             if isinstance(self.pool, int):
                 raise AdviceError("Tokens have no grid to pool to; use pool='mean', 'max' or 'flat'.")
             return x.mean(1) if self.pool == "mean" else x.amax(1) if self.pool == "max" else x.flatten(1)
         if x.ndim == 4:
-            if self._channels_last(x):
+            if not first and self._channels_last(x):
                 x = x.permute(0, 3, 1, 2)
             if self.pool == "mean":
                 return x.mean((2, 3))

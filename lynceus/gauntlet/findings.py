@@ -117,8 +117,8 @@ def _bend(report: Report, name: str, fit: fits.Fit, losses: list[float], curve: 
         report.summary[f"{name}: budget-limited"] = 1.0
         text += (
             f": budget-limited. The training loss at {curve.sizes[-1]} is still {losses[-1]:.2f} nats "
-            f"({100 * share:.0f}% of guessing; {losses[0]:.2f} at {curve.sizes[0]}): {curve.config.budget} or the capacity "
-            "is the limit, not the data"
+            f"({100 * share:.0f}% of guessing; {losses[0]:.2f} at {curve.sizes[0]}): {curve.config.budget} or the "
+            "capacity is the limit, not the data"
         )
     elif gap > 0:
         text += f": the training images are learned (loss {losses[-1]:.2f}), so more of the same data brings less"
@@ -188,8 +188,8 @@ def _noise(report: Report, curve: LearningCurve, found: dict[str, fits.Fit], p: 
         report.rows.append(row)
         report.summary[f"cost of {100 * p:g}% noise at {n}"] = row["cost"]
         report.notes.append(
-            f"{100 * p:g}% {curve.config.noise_model} label noise at {n} images costs {_points(row['cost'])} points; half "
-            f"the clean data costs {_points(row['cost of half the data'])}. This much noise equals having "
+            f"{100 * p:g}% {curve.config.noise_model} label noise at {n} images costs {_points(row['cost'])} points; "
+            f"half the clean data costs {_points(row['cost of half the data'])}. This much noise equals having "
             f"{'fewer than' if below else 'about'} {same:,.0f} clean images instead of {n:,}."
         )
 
@@ -209,6 +209,6 @@ def _tail(report: Report, curve: LearningCurve, r: float) -> None:
         report.rows.append(row | {"head": head, "medium": medium, "tail third": tail})
         report.summary[f"head - tail at ratio {r:g}"] = head - tail
         report.notes.append(
-            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, tail {_points(tail)}; "
-            f"balanced accuracy {_points(balanced)}, plain (test classes in the training proportions) {_points(plain)}."
+            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, tail "
+            f"{_points(tail)}; balanced accuracy {_points(balanced)}, plain (test classes in training proportions) {_points(plain)}."
         )
