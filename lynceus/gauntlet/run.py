@@ -44,7 +44,7 @@ class GauntletConfig:
     augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and
       test on the central one, which leaves room for crop selection.
     seeds: of initialisation, order and draws; one training each.
-    size: side that pictures are resized to first; None: 16 when they are smaller, else as they are; 64 for files.
+    size: side that pictures are resized to first; None: as they are when they lie in memory, 64 for files.
     test_share, limit: share held out when the data names no test split; at most this many pictures.
     stations: names of the stations, None for all of the mode. shift_images, radius: of the shift station.
     episodes: of few-shot. finetune_steps: frozen mode also fine-tunes for that long (0: not). photos: folder of
@@ -53,10 +53,10 @@ class GauntletConfig:
     """
 
     mode: Literal["scratch", "frozen"] = "scratch"
-    steps: int = 300
+    steps: int = 400
     seconds: float | None = None
     batch_size: int = 64
-    lr: tuple[float, ...] = (3e-3,)
+    lr: tuple[float, ...] = (2e-3,)
     weight_decay: float = 0.05
     warmup: float = 0.1
     label_smoothing: float = 0.0
@@ -88,9 +88,9 @@ class GauntletConfig:
             raise AdviceError(f"test_share is a share between 0 and 1, not {self.test_share}.")
 
 
-DEMO = GauntletConfig(steps=260, jobs=2, shift_images=200)
+DEMO = GauntletConfig(steps=400, jobs=2, shift_images=200)
 CIFAR10 = GauntletConfig(
-    steps=800, batch_size=128, limit=10_000, crop=24, augment="plain", seeds=(0,), jobs=2, shift_images=500, lr=(2e-3,)
+    steps=600, batch_size=64, limit=10_000, crop=22, augment="plain", seeds=(0,), jobs=2, shift_images=500, lr=(2e-3,)
 )
 PRESETS: dict[str, GauntletConfig] = {"demo": DEMO, "cifar10": CIFAR10}
 _ELSEWHERE = ("jobs", "threads", "seeds", "stations", "latency_batches", "latency_repeats")  # not part of every key
@@ -266,15 +266,12 @@ def divide(data: Any, config: GauntletConfig, entries: Sequence[Entry]) -> tuple
     if len(set(train.labels.tolist())) < 2:
         raise AdviceError(f"{train.name} has a single class; a comparison of classifiers needs at least two.")
     size = config.size
-    if size is None and train.images is not None:
-        side = min(train.images.shape[-2:])
-        size = 16 if side < 16 else None
-    elif size is None:
+    if size is None and train.images is None:
         size = 64
     train, test = in_memory(train, size), in_memory(test, size)
     if config.crop is not None and config.crop + 2 * config.radius > min(test.images.shape[-2:]):
         raise AdviceError(
-            f"crop={config.crop} leaves no room for shifts of {config.radius} in these pictures: {tuple(test.images.shape)}."
+            f"crop={config.crop} leaves no room for shifts of {config.radius} px in {tuple(test.images.shape)}."
         )
     return train, test
 

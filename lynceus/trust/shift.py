@@ -50,7 +50,7 @@ class ShiftConsistency:
     stored: images are first resized to this short side and cut square; None needs images of one size.
     embedding: True reads the outputs as vectors: cosine similarity, and whether the nearest neighbour changes. False
       reads them as classes. features: with classes, also looks at the vectors before the classifier.
-    extend: repeats the border pixels this far, for pictures whose surroundings nobody knows: the view can then be whole.
+    extend: repeats the border pixels this far, for pictures whose surroundings nobody knows: views can then be whole.
     limit: at most this many images. batch_size: images per pass.
     """
 

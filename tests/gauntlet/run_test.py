@@ -130,7 +130,8 @@ from lynceus.gauntlet.run import GauntletConfig, gauntlet
 config = GauntletConfig(steps=40, batch_size=32, seeds=(0, 1), shift_images=30, limit=200,
                         stations=("accuracy", "calibration", "shift", "ood"))
 if __name__ == "__main__":
-    report = gauntlet(["resnet_nano", "vit_nano"], lynceus.data.open("digits"), config=config, out=sys.argv[1], quiet=True)
+    models = ["resnet_nano", "vit_nano"]
+    report = gauntlet(models, lynceus.data.open("digits"), config=config, out=sys.argv[1], quiet=True)
     print(report.rows)
 """
 
@@ -199,15 +200,15 @@ def means(image):
 def test_frozen_features_of_modules_functions_and_names(digits, tmp_path):
     config = replace(QUICK, mode="frozen", episodes=3, seeds=(0,), limit=300)
     report = gauntlet(
-        [("tiny", Tiny()), means, "raw pixels", "resnet_nano"], digits, config=config, out=tmp_path, quiet=True
+        [("tiny", Tiny()), means, "raw pixels", "vit_nano"], digits, config=config, out=tmp_path, quiet=True
     )
-    assert {r["subject"] for r in report.rows} == {"tiny", "means", "raw pixels", "resnet_nano"}
+    assert {r["subject"] for r in report.rows} == {"tiny", "means", "raw pixels", "vit_nano"}
     for row in report.rows:
         assert {"kNN", "logistic", "linear SVM", "few-shot 1 per class", "mAP", "MRR", "accuracy under edges"} <= set(
             row
         )
-    best = {r["subject"]: r["logistic"] for r in report.rows}
-    assert best["raw pixels"] > best["resnet_nano"] > 0.15  # a random network knows less of digits than their pixels
+    best = {r["subject"]: r["kNN"] for r in report.rows}
+    assert best["raw pixels"] > best["vit_nano"] > 0.15  # a random network knows less of digits than their pixels
     assert report.notes[0].startswith("Take ")
 
 

@@ -1,0 +1,78 @@
+"""What every rewrite owes: it is a frozen dataclass of options, gives a module that owns its pixels, and leaves the old
+model untouched."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from lynceus.core.nouns import Rewrite, chain
+from lynceus.core.subject import owns_pixels
+from lynceus.rewrite.crop_selection import CropSelection
+
+REWRITES = [
+    CropSelection(input_size=24, view=32),
+    CropSelection(input_size=24, view=32, cyclic=True),
+    CropSelection(input_size=24, view=32, top=3, score="log"),
+]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+    )
+
+
+@pytest.fixture(params=REWRITES, ids=lambda r: f"{type(r).__name__}-{REWRITES.index(r)}")
+def rewrite(request):
+    return request.param
+
+
+def test_a_frozen_dataclass_of_options(rewrite):
+    assert isinstance(rewrite, Rewrite)
+    assert dataclasses.is_dataclass(rewrite)
+    assert type(rewrite)(**{f.name: getattr(rewrite, f.name) for f in dataclasses.fields(rewrite)}) == rewrite
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(rewrite, dataclasses.fields(rewrite)[0].name, None)
+
+
+def test_the_old_model_is_untouched(rewrite):
+    model, x = net(), torch.rand(3, 3, 32, 32)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    new = rewrite(model, x)
+    new(x)
+    for p in new.parameters():
+        p.data.add_(1)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in new.parameters()}
+
+
+def test_the_new_model_owns_its_pixels_and_is_in_eval_mode(rewrite):
+    new, x = rewrite(net(), torch.rand(3, 3, 32, 32)), torch.rand(4, 3, 32, 32)
+    assert isinstance(new, nn.Module)
+    assert owns_pixels(new)
+    assert not any(m.training for m in new.modules())
+    assert new(x).shape == (4, 5)
+    assert torch.equal(new(x), new(x))
+
+
+def test_batch_order_does_not_matter(rewrite):
+    new, x = rewrite(net(), torch.rand(3, 3, 32, 32)), torch.rand(5, 3, 32, 32)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert torch.allclose(new(x)[order], new(x[order]), atol=1e-6)
+
+
+def test_gradients_reach_the_weights(rewrite):
+    new = rewrite(net(), torch.rand(3, 3, 32, 32))
+    new(torch.rand(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in new.parameters() if p.ndim > 1)
+
+
+def test_it_chains(rewrite):
+    x = torch.rand(3, 3, 32, 32)
+    assert torch.equal(chain(rewrite)(net(), x)(x), rewrite(net(), x)(x))
