@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print(f"lynceus {verb}: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"lynceus {verb}: {str(stop) or 'interrupted.'}", file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()

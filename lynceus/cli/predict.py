@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         f"{line}\nfrom lynceus.train.predict import predict\n\n"
         f"for prediction in predict({expression}, {options.source!r}):\n    print(prediction.id, prediction.name, prediction.to_dict())"
     )
-    show(_report(found), out=out, twin=twin, quiet=options.quiet)
+    show(_report(found, getattr(model, "classes", None)), out=out, twin=twin, quiet=options.quiet)
     print(f"table: {(out / 'predictions.csv').resolve()}\npictures: {(out / 'pictures').resolve()}")
     return 0
 
@@ -64,7 +64,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(text).stem)[:80]
 
 
-def _report(found: list[Any]) -> Any:
+def _report(found: list[Any], names: list[str] | None) -> Any:
     from lynceus.core.plots import image_grid
     from lynceus.core.report import Report
 
@@ -75,7 +75,6 @@ def _report(found: list[Any]) -> Any:
             best = p.scores.topk(min(2, len(p.scores)))
             row["confidence"] = float(best.values[0])
             if len(best.indices) > 1:
-                names = p.extra.get("classes")
                 second = int(best.indices[1])
                 row |= {"next": names[second] if names else second, "its confidence": float(best.values[1])}
         rows.append(row)
