@@ -1,8 +1,8 @@
-"""The model card of a reproduction: where it comes from, what was checked and how closely, what is claimed and measured.
+"""The model card of a reproduction: its source, what was checked and how closely, what is claimed and measured.
 
-`python -m lynceus.reengineer.card --records tests/parity --out docs/cards` makes the cards of all families here. A card is
-Markdown beside the same JSON; `lint` finds sections that are empty and figures that are claimed without a word on whether
-they were measured.
+`python -m lynceus.reengineer.card --records tests/parity --out docs/cards` makes the cards of all families here. A card
+is Markdown beside the same JSON; `lint` finds sections that are empty and figures that are claimed without a word on
+whether they were measured.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from lynceus.core.errors import AdviceError, unknown
 from lynceus.reengineer.claims import CLAIMS, PROTOCOL, UNMEASURED
 from lynceus.reengineer.parity import check_record, read_record
 
+CHECKED = ("record", "reference", "outputs", "largest difference / std", "tolerance", "verdict")
+COUNTED = ("variant", "parameters claimed", "parameters measured", "MACs claimed (G)", "MACs measured (G)", "remark")
 REQUIRED = ("title", "source", "licence", "checked", "counts", "metrics", "deviations", "data", "use", "date")
 
 
@@ -32,7 +34,7 @@ REQUIRED = ("title", "source", "licence", "checked", "counts", "metrics", "devia
 class Card:
     """source: {"paper", "code", "checkpoint"}. checked: one dict per record (record, reference, outputs, difference,
     tolerance, verdict). counts: per variant claimed and measured parameters and multiply-adds. metrics: per variant
-    {"metric", "claimed", "measured", "interval", "protocol", "remark"}. deviations: known differences from the source."""
+    {"metric", "claimed", "measured", "interval", "protocol", "remark"}. deviations: known differences."""
 
     title: str
     source: dict[str, str]
@@ -63,19 +65,9 @@ class Card:
         lines += [f"- **{k.capitalize()}**: {v}" for k, v in self.source.items() if v]
         lines += [f"- **Licence of the reference code**: {self.licence}", f"- **Date of this card**: {self.date}", ""]
         lines += ["## Intended use", "", self.use, "", "## Parts checked against the reference", ""]
-        lines += _table(
-            self.checked, "record", "reference", "outputs", "largest difference / std", "tolerance", "verdict"
-        )
+        lines += _table(self.checked, *CHECKED)
         lines += ["## Counts", ""]
-        lines += _table(
-            self.counts,
-            "variant",
-            "parameters claimed",
-            "parameters measured",
-            "MACs claimed (G)",
-            "MACs measured (G)",
-            "remark",
-        )
+        lines += _table(self.counts, *COUNTED)
         lines += ["## Metrics", ""]
         lines += _table(self.metrics, "variant", "metric", "claimed", "measured", "interval", "protocol", "remark")
         lines += ["## Known deviations", "", *(f"- {d}" for d in self.deviations), "", "## Data", "", self.data, ""]
@@ -119,7 +111,7 @@ def card(
     if checkpoint is not None:
         source["checkpoint"] = f"{Path(checkpoint).name}, sha256 {sha256(checkpoint)}"
     checked = [_checked(p) for p in records if read_record(p)["family"] == family]
-    counts = [_counted(family, v, *claims["counts"][v], claims["macs_note"]) for v in variants or claims["counts"]]
+    counts = [_counted(family, v, claims["counts"][v], claims["macs_note"]) for v in variants or claims["counts"]]
     metrics = []
     for variant, claimed in claims["metrics"].items():
         found = dict((measured or {}).get(variant, {}))
@@ -138,8 +130,8 @@ def card(
         counts=counts,
         metrics=metrics,
         deviations=claims["deviations"],
-        data="The records were made on filled weights (a rule of names and shapes) and seeded noise; no images, no training.",
-        use="A backbone for classification and dense prediction on one's own images, trained here or from one's own checkpoint.",
+        data="The records were made on filled weights (a rule of names) and seeded noise: no images, no training.",
+        use="A backbone for classification and dense prediction, trained here or from one's own checkpoint.",
         environment={k: v for k, v in environment().items() if k in ("lynceus", "python", "torch", "device")},
     )
 
@@ -165,9 +157,7 @@ def lint(given: Card | str | Path) -> list[str]:
             wrong.append(f"{row.get('variant')}: multiply-adds are not measured")
     for row in one.metrics:
         if row.get("measured") is None and "not measured" not in str(row.get("remark")):
-            wrong.append(
-                f"{row.get('variant')}: {row.get('metric')} is claimed, and nothing says whether it was measured"
-            )
+            wrong.append(f"{row.get('variant')}: {row.get('metric')} is claimed; nothing says whether it was measured")
         if row.get("measured") is not None and (not row.get("interval") or not row.get("protocol")):
             wrong.append(f"{row.get('variant')}: {row.get('metric')} is measured without interval or protocol")
     try:
@@ -199,7 +189,8 @@ def _checked(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _counted(family: str, variant: str, parameters: int, macs: float | None, note: str) -> dict[str, Any]:
+def _counted(family: str, variant: str, claimed: tuple[int, float | None], note: str) -> dict[str, Any]:
+    parameters, macs = claimed
     module = family_module(family)
     if variant not in module.VARIANTS:
         raise unknown("variant", variant, module.VARIANTS)
@@ -207,9 +198,13 @@ def _counted(family: str, variant: str, parameters: int, macs: float | None, not
         model = module.build(module.VARIANTS[variant]).eval()
     found = cost(model, torch.empty(1, 3, *model.input_size, device="meta"))
     return {
-        "variant": variant, "parameters claimed": parameters, "parameters measured": found.params, "MACs claimed (G)": macs,
-        "MACs measured (G)": round(found.macs / 1e9, 4), "remark": note if macs is not None else "no claim to compare",
-    }  # fmt: skip
+        "variant": variant,
+        "parameters claimed": parameters,
+        "parameters measured": found.params,
+        "MACs claimed (G)": macs,
+        "MACs measured (G)": round(found.macs / 1e9, 4),
+        "remark": note if macs is not None else "no claim to compare",
+    }
 
 
 def _table(rows: Sequence[Mapping[str, Any]], *columns: str) -> list[str]:
@@ -234,9 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lynceus.reengineer.card", description=main.__doc__)
     parser.add_argument("--records", type=Path, required=True, help="folder with FAMILY/*.json parity records")
     parser.add_argument("--out", type=Path, default=Path("docs/cards"))
-    parser.add_argument(
-        "--checked", type=Path, help="also write record, reference and difference per family here (JSON)"
-    )
+    parser.add_argument("--checked", type=Path, help="also write the records and differences of each family (JSON)")
     given = parser.parse_args(arguments)
     listed: dict[str, list[dict[str, Any]]] = {}
     bad = 0

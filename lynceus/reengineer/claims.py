@@ -1,14 +1,14 @@
 """What papers and repositories claim of the families that are reproduced here, for the model cards.
 
-Parameter counts are those of the authors' code at 1000 classes; multiply-adds in units of 1e9 at the variant's own image
-size; accuracy is ImageNet-1K top-1 in per cent, as published, trained on ImageNet-1K at that size unless it says else.
+Parameter counts are those of the authors' code at 1000 classes; multiply-adds in units of 1e9 at the variant's own
+image size; accuracy is ImageNet-1K top-1 in per cent, as published, trained on ImageNet-1K at that size.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-UNMEASURED = "not measured: it needs the published weights and the ImageNet validation images, and neither is part of this project"
+UNMEASURED = "not measured: neither the published weights nor the ImageNet images are part of this project"
 PROTOCOL = "ImageNet-1K validation, one centre crop at the model's size"
 
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "metrics": {"resnet18": 69.758, "resnet34": 73.314, "resnet50": 76.130},
         "metrics_note": "torchvision's V1 weights",
         "deviations": [
-            "The stride of a bottleneck is on its 3x3 convolution (torchvision's form), not on the first 1x1 as in the paper.",
+            "The stride of a bottleneck is on its 3x3 convolution (torchvision), not on the first 1x1 as in the paper.",
             "In eval mode batch normalisation is folded into the convolution before it; training is untouched.",
         ],
     },
@@ -62,7 +62,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "metrics": {"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8, "convnext_large": 84.3},
         "metrics_note": "the repository's averaged weights",
         "deviations": [
-            "Maps are channels-last inside; the perceptron runs in pieces on a CPU; results agree with the plain route.",
+            "Maps are channels-last inside; the perceptron runs in pieces on a CPU; results agree.",
         ],
     },
     "swin": {
@@ -70,16 +70,20 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "code": "microsoft/Swin-Transformer@f82860bfb522 (dense form: Swin-Transformer-Object-Detection@c7b20110addd)",
         "licence": "MIT (dense form: Apache-2.0)",
         "counts": {
-            "swin_tiny": (28_288_354, 4.49),
-            "swin_small": (49_606_258, 8.75),
-            "swin_base": (87_768_224, 15.44),
-            "swin_large": (196_532_476, 34.5),
+            "swin_tiny_patch4_window7_224": (28_288_354, 4.49),
+            "swin_small_patch4_window7_224": (49_606_258, 8.75),
+            "swin_base_patch4_window7_224": (87_768_224, 15.44),
+            "swin_large_patch4_window7_224": (196_532_476, 34.5),
         },
         "macs_note": "claimed multiply-adds are those that the authors' code counts",
-        "metrics": {"swin_tiny": 81.2, "swin_small": 83.2, "swin_base": 83.5},
+        "metrics": {
+            "swin_tiny_patch4_window7_224": 81.2,
+            "swin_small_patch4_window7_224": 83.2,
+            "swin_base_patch4_window7_224": 83.5,
+        },
         "metrics_note": "the repository's table",
         "deviations": [
-            "Images of any size: the classification code asserts the size it was built for; here maps are padded to windows.",
+            "Images of any size: the classification code asserts its size; here maps are padded to windows.",
             "Masks and bias indices are built on demand instead of stored; such buffers in a checkpoint are ignored.",
         ],
     },

@@ -20,8 +20,8 @@ KINDS = ("reuse", "replication", "adaptation", "enhancement")
 STAGES = ("environment", "data pipeline", "model construction", "training", "evaluation", "deployment")
 SYMPTOMS = ("reproducibility", "evolution", "crash", "speed", "memory", "api misuse", "configuration", "documentation")
 CAUSES = (
-    "interface mismatch", "data shapes", "data types", "normalisation", "initialisation", "loss", "optimiser", "schedule",
-    "layer options", "randomness", "library version", "unpublished trick", "other",
+    "interface mismatch", "data shapes", "data types", "normalisation", "initialisation", "loss", "optimiser",
+    "schedule", "layer options", "randomness", "library version", "unpublished trick", "other",
 )  # fmt: skip
 
 STUDY = {
@@ -109,4 +109,4 @@ def summary(path: str | Path) -> Report:
 
 
 def _count(values: list[str]) -> str:
-    return ", ".join(f"{v} {values.count(v)}" for v in sorted(set(values), key=lambda v: -values.count(v)))
+    return ", ".join(f"{v} {values.count(v)}" for v in sorted(set(values), key=lambda v: (-values.count(v), v)))

@@ -465,8 +465,9 @@ def _without_drop(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     config: Any = vars(module).get("config")
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         rates = [f.name for f in dataclasses.fields(config) if f.name in DROPPING]
+        zero = {n: 0.0 for n in rates if isinstance(getattr(config, n), float)}
         old.append((module, "config", config))
-        module.config = dataclasses.replace(config, **{n: 0.0 for n in rates if isinstance(getattr(config, n), float)})
+        vars(module)["config"] = dataclasses.replace(config, **zero)
     return old
 
 

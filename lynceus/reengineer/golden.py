@@ -1,4 +1,4 @@
-"""Golden records: what a function or model gives on filled weights and seeded inputs, kept as fingerprints and checked later.
+"""Golden records: what a function or model gives on filled weights and seeded inputs, kept as fingerprints.
 
 The format is that of the parity records, plus the versions, dtype and threads it was made with, so that a drift can be
 laid to what changed. Weights are filled by name, so the record holds no weights.

@@ -94,8 +94,9 @@ def train_check(
     worst = max(groups, key=lambda g: _relative(x.grad_norms[g], y.grad_norms[g]), default="")
     gap = _relative(x.grad_norms[worst], y.grad_norms[worst]) if worst else math.nan
     only = sorted(set(x.grad_norms) ^ set(y.grad_norms))
-    row("gradient norms of the first step", math.inf if only else gap, tolerance, f"worst: {worst}" + (f"; only in one: {only[:3]}" if only else ""),
-        "loss reduction, frozen parts, clipping, model")  # fmt: skip
+    told = f"worst: {worst}" + (f"; only in one: {only[:3]}" if only else "")
+    look = "loss reduction, frozen parts, clipping, model"
+    row("gradient norms of the first step", math.inf if only else gap, tolerance, told, look)
     lrs = max((_relative(i, j) for i, j in zip(x.lrs, y.lrs)), default=math.nan)
     at = next((n for n, (i, j) in enumerate(zip(x.lrs, y.lrs)) if _relative(i, j) > tolerance), None)
     row(
@@ -205,9 +206,10 @@ def bisect(
 def distance(a: Trace, b: Trace) -> float:
     """How far two traces are apart: root mean square of relative differences, the largest over what both recorded."""
     parts = [(a.losses, b.losses), (a.lrs, b.lrs)]
-    for x, y in ((a.weight_norms, b.weight_norms), (a.grad_norms, b.grad_norms), (a.data, b.data)):
+    pairs: list[tuple[Any, Any]] = [(a.weight_norms, b.weight_norms), (a.grad_norms, b.grad_norms), (a.data, b.data)]
+    for x, y in pairs:
         both = [k for k in x if k in y]
-        parts.append((np.ravel([x[k] for k in both]).tolist(), np.ravel([y[k] for k in both]).tolist()))
+        parts.append(([n for k in both for n in _numbers(x[k])], [n for k in both for n in _numbers(y[k])]))
     return max((_rms(x, y) for x, y in parts if x and y), default=0.0)
 
 
@@ -229,7 +231,7 @@ def trace_steps(
             group["lr"] = lr * (schedule(step) if schedule is not None else 1.0)
         value = loss(model(x), y)
         optimizer.zero_grad()
-        value.backward()
+        torch.autograd.backward(value)
         if step == 0:
             trace.grad_norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
@@ -291,6 +293,10 @@ def _rms(x: Sequence[float], y: Sequence[float]) -> float:
         return 0.0 if np.array_equal(a, b, equal_nan=True) else 1e6
     scale = max(float(np.sqrt(np.mean(a**2))), 1e-12)
     return float(np.sqrt(np.mean((a - b) ** 2))) / scale
+
+
+def _numbers(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [value]
 
 
 def _vector_gap(x: Sequence[float], y: Sequence[float], unit: Sequence[float]) -> float:

@@ -19,8 +19,8 @@ PEERS = {
     "resnet18 of torchvision": ("resnet18", lambda: torchvision.models.resnet18(weights=None)),
     "resnet18 of timm": ("resnet18", lambda: timm.create_model("resnet18")),
     "vit_small of timm": ("vit_small", lambda: timm.create_model("vit_small_patch16_224")),
-    "swin_tiny of timm": ("swin_tiny", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
-    "swin_tiny of torchvision": ("swin_tiny", lambda: torchvision.models.swin_t(weights=None)),
+    "swin_tiny of timm": ("swin_tiny_patch4_window7_224", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
+    "swin_tiny of torchvision": ("swin_tiny_patch4_window7_224", lambda: torchvision.models.swin_t(weights=None)),
     "convnext_tiny of timm": ("convnext_tiny", lambda: timm.create_model("convnext_tiny")),
     "convnext_tiny of torchvision": ("convnext_tiny", lambda: torchvision.models.convnext_tiny(weights=None)),
 }
@@ -117,7 +117,7 @@ def test_positions_of_another_size_are_resized_and_said(tmp_path):
 
 def test_relative_tables_of_another_window_are_resized(tmp_path):
     torch.save(timm.create_model("swin_tiny_patch4_window7_224").state_dict(), tmp_path / "c.pth")
-    mine = lynceus.create_model("swin_tiny", window_size=8)
+    mine = lynceus.create_model("swin_tiny_patch4_window7_224", window_size=8)
     account = load_weights(mine, tmp_path / "c.pth")
     assert sum("resize_rel_bias 13x13 -> 15x15" in what for _, _, what in account.transformed) == 10  # 7x7 maps keep 7
 
@@ -226,7 +226,7 @@ def test_inspect_fits_on_a_screen_and_names_the_model():
     assert any("layers.2.blocks.{0..17}" in r["name"] for r in report.rows)
     assert sum(r["numbers"] for r in report.rows) == sum(t.numel() for t in state.values())
     assert "wrappers taken off every name: module." in report.notes
-    assert any("create_model('swin_small', num_classes=1000" in n for n in report.notes)
+    assert any("create_model('swin_small_patch4_window7_224', num_classes=1000" in n for n in report.notes)
     assert len(inspect.inspect(state, expand=True).rows) == len(state)
 
 
