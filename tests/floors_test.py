@@ -26,7 +26,7 @@ FLOORS = {
 # third party -> the files that may import it
 DOORS = {
     "timm": {"backbones/from_timm.py", "backbones/timm_bridge.py", "train/optim.py", "data/views.py"},
-    "accelerate": {"train/fit.py", "train/checkpoint.py"},
+    "accelerate": {"train/place.py"},
     "ray": {"gauntlet/engine.py"},
     "onnx": {"rewrite/export.py"},
     "onnxruntime": {"rewrite/export.py"},

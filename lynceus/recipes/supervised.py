@@ -29,9 +29,9 @@ from lynceus.train.optim import param_groups
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SupervisedConfig:
-    """What happens to images before they are learnt from. The plain defaults change nothing, so that digits stay digits.
+    """What happens to images before they are learnt from. The defaults change nothing, so that digits stay digits.
 
-    view: side of a random resized crop made of every image in the loader, 0 for none. Photographs of several sizes need it.
+    view: side of a random resized crop made of every image in the loader, 0 for none. Photographs need it.
     scale: smallest and largest share of the area in such a crop.
     crop: pixels by which small images are shifted at random in both directions (zeros come in).
     flip: chance of mirroring left and right. 0.5 suits photographs; digits and text need 0.
@@ -132,7 +132,8 @@ class Supervised(Recipe):
             if label.ndim == 1:
                 if bool((label < 0).any()):
                     raise AdviceError(
-                        "Mixing needs a label for every image, and some have none; leave them out, or mixup=0, cutmix=0."
+                        "Mixing needs a label for every image, and some have none; leave them out, or mixup=0, "
+                        "cutmix=0."
                     )
                 label = F.one_hot(label, len(self.task.classes)).float()  # type: ignore[attr-defined]
             image, label = mix(image, label, config, generator)
@@ -170,7 +171,8 @@ class Supervised(Recipe):
                 first = [data[i] for i in range(min(len(data), 16))]
                 if all(getattr(s, "label", None) is None for s in first):
                     raise AdviceError(
-                        f"The images of {name} have no labels; put them into one folder per class, or give a labels file."
+                        f"The images of {name} have no labels; put them into one folder per class, or give a "
+                        "labels file."
                     )
             else:
                 self.task.check_labels(labels, what=name)
@@ -239,7 +241,7 @@ def mix(image: Tensor, label: Tensor, config: SupervisedConfig, generator: torch
 
 
 def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A rectangle with `scale` of the area and proportions 3/4 to 4/3 of (c, h, w), resized to `size` with antialiasing."""
+    """A rectangle with `scale` of the area and proportions 3/4 to 4/3 of (c, h, w), resized to `size` (antialiased)."""
     from torchvision.transforms.v2 import functional as tv
 
     h, w = int(image.shape[-2]), int(image.shape[-1])

@@ -22,8 +22,8 @@ from lynceus.core.types import Batch, Prediction, as_float
 
 
 def resized(image: Tensor, size: tuple[int, int], policy: str = "crop") -> Tensor:
-    """Pixels (..., c, h, w), uint8 or float in [0, 1], at `size`: float. "crop": scaled until both sides reach the size,
-    then the centre is cut out (keeps proportions); "squash": scaled to the size whatever the proportions."""
+    """Pixels (..., c, h, w), uint8 or float in [0, 1], at `size`: float. "crop": scaled until both sides reach it, then
+    the centre is cut out (keeps proportions); "squash": scaled to the size whatever the proportions."""
     h, w = int(image.shape[-2]), int(image.shape[-1])
     if (h, w) == tuple(size):
         return as_float(image)
@@ -119,7 +119,8 @@ class Classify:
             raise AdviceError(f"Two classes are both called {twice[0]!r}; every class needs its own name.")
         if len(names) < 2:
             raise AdviceError(
-                f"A classifier needs at least two classes; there is {list(names)}. With folders, give each class its own: data/cat, data/dog."
+                f"A classifier needs at least two classes; there is {list(names)}. With folders, give each class "
+                "its own: data/cat, data/dog."
             )
         if not 0 <= self.label_smoothing < 1:
             raise AdviceError(f"label_smoothing is a share in [0, 1), not {self.label_smoothing}.")
@@ -206,12 +207,15 @@ class Classify:
         known = values[values >= 0]
         if not len(known):
             raise AdviceError(
-                f"None of the {len(values)} images of {what} has a label; put them into one folder per class, or give a labels file."
+                f"None of the {len(values)} images of {what} has a label; put them into one folder per class, or "
+                "give a labels file."
             )
         if known.max() >= (self.num_classes or 0):
             raise AdviceError(
-                f"{what[:1].upper()}{what[1:]} has the label {int(known.max())}, and the {self.num_classes} classes are numbered 0 to "
-                f"{(self.num_classes or 0) - 1}; count labels from 0, or list all classes: Classify(num_classes={int(known.max()) + 1})."
+                f"{what[:1].upper()}{what[1:]} has the label {int(known.max())}, and the {self.num_classes} "
+                "classes are numbered 0 to "
+                f"{(self.num_classes or 0) - 1}; count labels from 0, or list all classes: "
+                f"Classify(num_classes={int(known.max()) + 1})."
             )
         if len(np.unique(known)) < 2:
             only = (self.classes or ())[int(known[0])]
@@ -226,12 +230,14 @@ class Classify:
             return
         if sorted(classes) == sorted(ours):
             raise AdviceError(
-                f"{what} lists the same classes in another order, so that labels would be mixed up: {list(classes)[:5]} ... against {list(ours)[:5]} ..."
+                f"{what} lists the same classes in another order, so that labels would be mixed up: "
+                f"{list(classes)[:5]} ... against {list(ours)[:5]} ..."
             )
         odd = [c for c in classes if c not in ours] or [c for c in ours if c not in classes]
         close = nearest(odd[0], ours if odd[0] not in ours else classes, 1)
         raise AdviceError(
-            f"The class list of {what} ({len(classes)}) is not the model's ({len(ours)}): {odd[0]!r} is only in one of them"
+            f"The class list of {what} ({len(classes)}) is not the model's ({len(ours)}): {odd[0]!r} is only in "
+            "one of them"
             + (f" (did you mean {close[0]!r}?)." if close else ".")
             + " Train on this data, or use data with the model's classes."
         )
@@ -286,8 +292,8 @@ def summarise(
 
 
 class ClassificationMetric:
-    """Collects predictions and labels; `compute` gives accuracy, macro_accuracy, nll, ece and, with more than 5 classes,
-    top5; `rows` and `confusion` hold the table per class and the matrix after it."""
+    """Collects predictions and labels; `compute` gives accuracy, macro_accuracy, nll, ece and, above 5 classes, top5;
+    `rows` and `confusion` hold the table per class and the matrix after it."""
 
     def __init__(self, task: Classify):
         self.task = task

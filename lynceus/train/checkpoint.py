@@ -64,9 +64,12 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     """What rebuilds a predictor: written into model.json and the header of the weights."""
     if not exportable(model):
         raise AdviceError(
-            f"save_model writes what a Task built or a Backbone, not {type(model).__name__}; torch.save(model.state_dict(), ...) writes the bare weights."
+            f"save_model writes what a Task built or a Backbone, not {type(model).__name__}; "
+            "torch.save(model.state_dict(), ...) writes the bare weights."
         )
-    if hasattr(model, "rewrite") and hasattr(model, "original"):  # what a Rewrite made: the original, then how it was changed
+    if hasattr(model, "rewrite") and hasattr(
+        model, "original"
+    ):  # what a Rewrite made: the original, then how it was changed
         made, kind = describe_model(model.original), type(model.rewrite)  # type: ignore[arg-type]
         step = {"rewrite": f"{kind.__module__}:{kind.__qualname__}", "options": to_dict(model.rewrite)}
         return {**made, "rewrites": [*made.get("rewrites", []), step]}
@@ -80,7 +83,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Writes a predictor to `path`: a file ending in .safetensors, or a folder that gets model.safetensors and model.json.
+    """Writes a predictor to `path`: a file ending in .safetensors, or a folder (model.safetensors and model.json).
 
     The header of the file holds everything that model.json does, so the one file is enough. Returns the file."""
     from safetensors.torch import save
@@ -122,11 +125,13 @@ def model_file(path: str | Path, *, which: str = "last") -> Path:
         return found
     if not path.is_file():
         raise MissingError(
-            f"There is no model at {str(path)!r} (looked at {path.resolve()}); give a run folder or a .safetensors file."
+            f"There is no model at {str(path)!r} (looked at {path.resolve()}); give a run folder or a "
+            ".safetensors file."
         )
     if path.suffix != ".safetensors":
         raise AdviceError(
-            f"{path.name} is no predictor of lynceus (.safetensors). Authors' weights go into a named model: create_model(NAME, weights={str(path)!r})."
+            f"{path.name} is no predictor of lynceus (.safetensors). Authors' weights go into a named model: "
+            f"create_model(NAME, weights={str(path)!r})."
         )
     return path
 
@@ -146,12 +151,14 @@ def read_description(file: Path) -> dict[str, Any]:
         text = (file.parent / "model.json").read_text()
     if text is None:
         raise AdviceError(
-            f"{file} holds bare weights without a description, so what they belong to is unknown: create_model(NAME, weights={str(file)!r})."
+            f"{file} holds bare weights without a description, so what they belong to is unknown: "
+            f"create_model(NAME, weights={str(file)!r})."
         )
     made: dict[str, Any] = json.loads(text)
     if made.get("format", 0) > FORMAT:
         raise AdviceError(
-            f"{file} was written by lynceus {made.get('lynceus')}, newer than this {lynceus.__version__}; upgrade: pip install -U lynceus"
+            f"{file} was written by lynceus {made.get('lynceus')}, newer than this {lynceus.__version__}; "
+            "upgrade: pip install -U lynceus"
         )
     return made
 
@@ -171,7 +178,8 @@ def build_backbone(description: dict[str, Any]) -> nn.Module:
         backbone = create_model(name, **keep)
     else:
         raise AdviceError(
-            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot be rebuilt "
+            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it "
+            "cannot be rebuilt "
             "from the file alone: load_model(path, backbone=YourBackbone(...))."
         )
     for field in ("mean", "std"):
@@ -200,7 +208,8 @@ def load_model(
     description = read_description(file)
     if task is not None and description["task"] != task:
         raise AdviceError(
-            f"{file} is a model for {description['task'] or 'features only'}, not for {task}; load it for what it was trained for."
+            f"{file} is a model for {description['task'] or 'features only'}, not for {task}; load it for what it "
+            "was trained for."
         )
     inner = backbone if backbone is not None else build_backbone(description["backbone"])
     model = inner
@@ -220,7 +229,9 @@ def _rewrite(step: dict[str, Any], file: Path) -> Any:
     """The rewrite that a description names; only this library's own are looked up."""
     module, _, name = str(step["rewrite"]).partition(":")
     if not module.startswith("lynceus.rewrite."):
-        raise AdviceError(f"{file} was changed by {step['rewrite']}, which is no rewrite of this library, so it cannot be rebuilt.")
+        raise AdviceError(
+            f"{file} was changed by {step['rewrite']}, which is no rewrite of this library, so it cannot be rebuilt."
+        )
     return from_dict(getattr(import_module(module), name), step["options"], where=name)
 
 
@@ -233,9 +244,10 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], file: Path) -> No
         if k in state and state[k].shape != v.shape
     ]
     if missing or extra or shapes:
-        parts = [f"{len(v)} {what} ({v[0]}{' ...' if len(v) > 1 else ''})" for v, what in
-                 ((missing, "entries missing"), (extra, "entries too many"), (shapes, "shapes differ")) if v]  # fmt: skip
+        kinds = {"entries missing": missing, "entries too many": extra, "shapes differ": shapes}
+        parts = [f"{len(v)} {what} ({v[0]}{' ...' if len(v) > 1 else ''})" for what, v in kinds.items() if v]
         raise AdviceError(
-            f"The weights in {file} do not fit the model they name: {'; '.join(parts)}. Was the backbone's code or configuration changed?"
+            f"The weights in {file} do not fit the model they name: {'; '.join(parts)}. Was the backbone's code "
+            "or configuration changed?"
         )
     model.load_state_dict(state)

@@ -49,7 +49,8 @@ class Evaluate:
                 for batch in batches(data, subject, self.batch_size):
                     if batch.label is None:
                         raise AdviceError(
-                            "An accuracy needs labels, and these images have none; lynceus.train.predict.predict needs no labels."
+                            "An accuracy needs labels, and these images have none; lynceus.train.predict.predict "
+                            "needs no labels."
                         )
                     raw = subject(batch.image)
                     task = getattr(subject.model, "task", None)
@@ -63,7 +64,8 @@ class Evaluate:
         classes = subject.classes or getattr(data, "classes", None) or [str(i) for i in range(scores.shape[1])]
         if labels.ndim == 1 and int(labels.max()) >= scores.shape[1]:
             raise AdviceError(
-                f"The data has the label {int(labels.max())}, and {subject.name} knows the classes 0 to {scores.shape[1] - 1}; evaluate on its own classes."
+                f"The data has the label {int(labels.max())}, and {subject.name} knows the classes 0 to "
+                f"{scores.shape[1] - 1}; evaluate on its own classes."
             )
         theirs = getattr(data, "classes", None)
         task = getattr(subject.model, "task", None)

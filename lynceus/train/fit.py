@@ -1,15 +1,14 @@
 """fit: the one loop. A Recipe says what is learned; this file says when, on which device, and survives being killed.
 
 Hugging Face Accelerate places modules, scales half-precision losses and runs several processes (`torchrun`,
-`accelerate launch`). Every random number of step s is a function of (seed, s), so that a resumed run is the unbroken one.
+`accelerate launch`). Every random number of step s is a function of (seed, s): a resumed run is the unbroken one.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from lynceus.train.guard import Interrupted as Interrupted
 from lynceus.train.guard import memory_advice, not_finite, seed_everything, signals
 from lynceus.train.log import Clock, RunFolder, Table
 from lynceus.train.optim import SCHEDULES, lr_factor, make_optimizer, set_lr
+from lynceus.train.place import accelerator_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +40,22 @@ class FitConfig:
     """How long, how fast, on what.
 
     epochs: passes over the data; or steps: optimiser steps (wins when both are given). 30 epochs when neither is.
-    seconds: stops at the first step after that many seconds, over all parts of a resumed run; the schedule is not shortened.
+    seconds: stops at the first step after that many seconds, over all parts of a resumed run; the schedule stays.
     batch_size: images of one optimiser step, over all processes and accumulated parts together.
     accumulate: parts that each step is computed in; less memory, the same result.
-    optimizer: "adamw", "adam", "sgd", "nesterov", or any name of timm's. lr: its peak. weight_decay: for weights, not biases.
+    optimizer: "adamw", "adam", "sgd", "nesterov", or any name of timm's. lr: its peak.
+    weight_decay: of weights; biases and norms have none.
     momentum: of SGD and kin. betas: of Adam and kin.
-    schedule: "cosine", "one-cycle", "linear", "step" or "constant". warmup: share of the run. final_lr: share of the peak at the end.
+    schedule: "cosine", "one-cycle", "linear", "step" or "constant". warmup: share of the run.
+    final_lr: share of the peak that is left at the end.
     clip: largest norm of the gradient, 0 for no limit.
     precision: "no" (float32), "bf16" or "fp16" (fp16 needs a GPU).
     ema: decay of the averaged weights, e.g. 0.999; 0 for none. Averaged weights are what is evaluated and kept.
     seed: of order, augmentation and dropout. The model is made by the caller, who seeds it.
     workers: processes that read images. device: "auto", "cpu", "cuda", "mps" ...
     channels_last: memory order that convolutions like.
-    evaluate_every: epochs between evaluations, 0 for one at the end. save_every: steps between checkpoints, 0 for every 30 seconds.
+    evaluate_every: epochs between evaluations, 0 for one at the end.
+    save_every: steps between checkpoints, 0 for every 30 seconds.
     log_every: steps between rows of log.csv. quiet: no progress.
     """
 
@@ -119,9 +122,9 @@ def fit(
 
     data: a lynceus.data Dataset, any dataset with len and [], or samples.
     evaluate: a Check, or a function (subject, data) -> Report or dict of numbers, run on `held_out` (`data` if there is
-      none) every `config.evaluate_every` epochs and at the end; by default classification accuracy when there is `held_out`.
+      none) every `config.evaluate_every` epochs and at the end; with `held_out`, classification accuracy by default.
     out: the run folder; without one nothing is written.
-    resume: goes on from the folder's checkpoint, to the weights that an unbroken run has, bit for bit on a CPU. A changed
+    resume: goes on from the folder's checkpoint, to the weights that an unbroken run has, bit for bit on a CPU. Another
       configuration or other data is refused, unless resume="changed".
     Returns a Report: numbers, curves, and what the evaluation found. Raises AdviceError for data that cannot be learnt
     from, a loss that is not finite, too little memory; Interrupted (a KeyboardInterrupt) after Ctrl-C.
@@ -136,7 +139,7 @@ def fit(
         evaluate = Evaluate()
     state = rng.capture()
     try:
-        with _accelerator(config) as accelerator:
+        with accelerator_of(config.device, config.precision) as accelerator:
             run = _Run(recipe, data, config, accelerator, evaluate, held_out, out, resume)
             return run.go()
     finally:
@@ -223,7 +226,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if there and not resume:
             raise AdviceError(
-                f"{self.out.resolve()} already holds a run. Go on with it: resume=True; or give another `out`, or delete that folder."
+                f"{self.out.resolve()} already holds a run. Go on with it: resume=True; or give another `out`, or "
+                "delete that folder."
             )
         if not there:
             return None  # killed before its first checkpoint: the same as a new run
@@ -234,8 +238,10 @@ class _Run:
         ]  # fmt: skip
         if changes and resume != "changed":
             raise AdviceError(
-                f"The run in {self.out.resolve()} was started with other options; changed (then -> now): {'; '.join(changes)}. "
-                "Give it the old ones, start another folder, or insist with resume='changed' (the result is then no longer that of one unbroken run)."
+                f"The run in {self.out.resolve()} was started with other options; changed (then -> now): "
+                f"{'; '.join(changes)}. "
+                "Give it the old ones, start another folder, or insist with resume='changed' (the result is then "
+                "no longer that of one unbroken run)."
             )
         return saved
 
@@ -417,7 +423,8 @@ class _Run:
             if self.best_step and self.best_step != self.step:
                 report.summary |= {"best": self.best, "best_step": float(self.best_step)}
                 report.notes.append(
-                    f"The best evaluation was {self.best:.4g} at step {self.best_step}; it was chosen on the evaluated images, so it flatters."
+                    f"The best evaluation was {self.best:.4g} at step {self.best_step}; it was chosen on the "
+                    "evaluated images, so it flatters."
                 )
             if self.step < self.total:
                 report.notes.append(
@@ -495,7 +502,8 @@ class _Run:
         where = "nothing was saved, since fit had no `out` folder"
         if self.out is not None:
             self._save()
-            where = f"saved in {self.out.resolve()}; go on with fit(..., out={str(self.out)!r}, resume=True), or the same command with --resume"
+            again = f"fit(..., out={str(self.out)!r}, resume=True), or the same command with --resume"
+            where = f"saved in {self.out.resolve()}; go on with {again}"
         raise Interrupted(f"Stopped by {self.stop} after step {self.step} of {self.total}: {where}.")
 
     def _diverged(self, terms: dict[str, Tensor], batch: Any, lr: float) -> AdviceError:
@@ -507,37 +515,6 @@ class _Run:
             f"lr {lr:.3g}): {not_finite(self.recipe, terms, batch)}. Try lr={config.lr / 4:g}, a longer warmup, "
             f"clip=1.0{bf16}, and look at data.check().{last}"
         )
-
-
-# what the loop borrows ----------------------------------------------------------------------------
-@contextmanager
-def _accelerator(config: FitConfig) -> Iterator[Any]:
-    """An Accelerator of this run's own; Accelerate keeps its settings in a singleton, which is cleared around it."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    wanted = config.device
-    if wanted not in ("auto", "cpu"):
-        kind = torch.device(wanted).type
-        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind, lambda: True)()
-        if not there:
-            raise AdviceError(f"There is no {wanted} device here; use device='auto' (takes what there is) or 'cpu'.")
-    before = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE")}
-    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    if config.precision == "fp16" and (
-        wanted == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    ):
-        raise AdviceError("precision='fp16' needs a GPU; on a CPU use precision='bf16' or 'no'.")
-    try:
-        accelerator = Accelerator(cpu=wanted == "cpu" or (not torch.cuda.is_available() and wanted == "auto" and not alone),
-                                  mixed_precision=config.precision)  # fmt: skip
-        yield accelerator
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=alone)
-        for key in [k for k in os.environ if k.startswith("ACCELERATE") and k not in before]:
-            del os.environ[key]
-        os.environ.update(before)
 
 
 def _kind(value: Any) -> str:

@@ -17,7 +17,7 @@ from lynceus.core.errors import AdviceError
 
 
 def write_atomic(path: Path, fill: Callable[[Any], None] | bytes | str) -> Path:
-    """Writes a file so that a kill at any moment leaves either the old or the new one: a file beside it, fsync, replace."""
+    """Writes a file beside it, fsync, replace: a kill at any moment leaves either the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

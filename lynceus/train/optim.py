@@ -1,7 +1,8 @@
 """Optimisers by name and learning-rate schedules as pure functions of the step (so that resuming is exact).
 
 AdamW: Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101. One-cycle: Super-Convergence, arXiv
-1708.07120. Cosine: SGDR, ICLR 2017, arXiv 1608.03983. LARS: arXiv 1708.03888. Layer decay: ELECTRA, ICLR 2020, arXiv 2003.10555; BEiT, ICLR 2022, arXiv 2106.08254.
+1708.07120. Cosine: SGDR, ICLR 2017, arXiv 1608.03983. LARS: arXiv 1708.03888. Layer decay: ELECTRA, ICLR
+2020, arXiv 2003.10555; BEiT, ICLR 2022, arXiv 2106.08254.
 AdamW, Adam and SGD are torch's (fused); every other name is timm's.
 """
 

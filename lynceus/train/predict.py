@@ -1,4 +1,4 @@
-"""predict: a trained model on pictures in any form: a file, a folder, a list, an array, a Dataset, Samples, PIL images."""
+"""predict: a trained model on pictures in any form: file, folder, list, array, Dataset, Samples, PIL images."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def predict(
 
     model: a module that a Task built, a Subject, or the path of a run folder or .safetensors file.
     source: a file, a folder, a name that lynceus.data.open knows, a list of any of files, PIL images, Samples and
-      arrays, an array (n, h, w[, c]) or (h, w[, c]), or a Dataset. Grey, 16-bit and CMYK pictures become RGB; files that
-      cannot be read are skipped as far as data.open allows and named in the log.
+      arrays, an array (n, h, w[, c]) or (h, w[, c]), or a Dataset. Grey, 16-bit and CMYK pictures become RGB; files
+      that cannot be read are skipped as far as data.open allows and named in the log.
     device: where to run; None: where the model is, for a path what there is. keep_images: whether a Prediction carries
       its picture, which .show() and .save("x.png") need.
     """

@@ -307,7 +307,7 @@ def test_images_that_are_not_finite_are_named(worker, small):
     samples = [Sample(image=torch.rand(3, 8, 8), label=i % 10, id=f"picture{i}") for i in range(40)]
     samples[17].image[0, 0, 0] = float("nan")
     plain = worker.recipe(crop=0, mixup=0, cutmix=0, flip=0, erase=0)
-    with pytest.raises(AdviceError, match="images themselves are not finite.*picture17"):
+    with pytest.raises(AdviceError, match=r"images themselves are not finite.*picture17"):
         fit(plain, samples, config=QUICK)
 
 
