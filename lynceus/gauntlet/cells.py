@@ -105,7 +105,7 @@ class SupervisedCell:
         lr, steps = self.lr[0], budget.steps(len(images))
         if len(self.lr) > 1:
             lr = self._pick(capacity, images, labels, data.classes, budget, seed)
-        subject = self._train(capacity, images, labels, data.classes, steps, budget.batch_size, lr, seed)
+        subject = self.train(capacity, images, labels, data.classes, steps, budget.batch_size, lr, seed)
         out = measure(_logits(subject, tests), np.asarray(data.test.labels), data.classes)
         some = torch.randperm(len(images), generator=generator(seed, "loss"))[: self.loss_images]
         seen = torch.from_numpy(_logits(subject, images[some]))
@@ -117,14 +117,14 @@ class SupervisedCell:
         held, rest = order[: len(order) // 7 + 1], order[len(order) // 7 + 1 :]
         best = []
         for lr in self.lr:
-            subject = self._train(
+            subject = self.train(
                 capacity, images[rest], labels[rest], classes, budget.steps(len(rest)), budget.batch_size, lr, seed
             )
             logits = torch.from_numpy(_logits(subject, images[held]))
             best.append(float(F.cross_entropy(logits, labels[held]).nan_to_num(math.inf)))
         return self.lr[int(np.argmin(best))]
 
-    def _train(
+    def train(
         self,
         capacity: str,
         images: Tensor,
@@ -135,6 +135,7 @@ class SupervisedCell:
         lr: float,
         seed: int,
     ) -> Subject:
+        """One model trained for `steps` updates of `size` images (n, 3, h, w), in eval mode."""
         with borrowed(seed, "init", capacity):
             model = self.build(capacity, classes)
         subject = Subject(model)

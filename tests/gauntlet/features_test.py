@@ -73,7 +73,9 @@ def test_a_second_pass_computes_nothing(digits, tmp_path):
     calls.clear()
     again = Extractor(net, cache=tmp_path, quiet=True)  # another process would find the same folder
     assert np.array_equal(again.of(digits).vectors, once.vectors)
-    assert calls == [] and again.cache.misses == 0 and again.cache.hits == len(digits)
+    assert calls == []
+    assert again.cache.misses == 0
+    assert again.cache.hits == len(digits)
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -113,7 +115,8 @@ def test_training_mode_is_left_as_it_was(digits):
     still = Extractor(subject, quiet=True)(digits.images[:8])
     net.train()
     assert torch.allclose(Extractor(subject, quiet=True)(digits.images[:8]), still, atol=1e-6)
-    assert net.training and all(m.training for m in net.modules())
+    assert net.training
+    assert all(m.training for m in net.modules())
 
 
 def test_pictures_of_many_sizes_are_not_padded():

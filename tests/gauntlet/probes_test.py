@@ -123,8 +123,10 @@ def test_the_sixteen_views(h, w):
     x = torch.rand(2, 3, h, w)
     v = jittered(x)
     assert v.shape == (2, 16, 3, h, w)
-    assert torch.equal(v[:, 0], x) and torch.equal(v[:, 8:], v[:, :8].flip(-1))
-    assert v.min() >= -1e-6 and v.max() <= 1 + 1e-6
+    assert torch.equal(v[:, 0], x)
+    assert torch.equal(v[:, 8:], v[:, :8].flip(-1))
+    assert v.min() >= -1e-6
+    assert v.max() <= 1 + 1e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,7 +138,8 @@ def test_sub_patches_cover_the_picture_and_stay_inside(h, w, levels):
     for level in range(1, levels + 1):
         covered = np.zeros((h, w), bool)
         for t, l, b, r in boxes[start : start + level * level]:
-            assert 0 <= t < b <= h and 0 <= l < r <= w
+            assert 0 <= t < b <= h
+            assert 0 <= l < r <= w
             covered[t:b, l:r] = True
         start += level * level
         if min(h, w) >= level:
@@ -148,7 +151,8 @@ def test_rotated_views_turn_the_picture():
     x[..., 16, 26] = 1.0  # right of the centre
     turned = jittered(x)[0, 6]
     row, column = divmod(int(turned[0].argmax()), 33)
-    assert abs(abs(row - 16) - 10 * np.sin(np.radians(15))) < 1 and abs(column - 16 - 10 * np.cos(np.radians(15))) < 1
+    assert abs(abs(row - 16) - 10 * np.sin(np.radians(15))) < 1
+    assert abs(column - 16 - 10 * np.cos(np.radians(15))) < 1
 
 
 def test_jittered_features_start_with_the_picture_itself():
@@ -203,4 +207,5 @@ def test_unlabelled_and_single_class_data_advise():
 def test_wilson_interval():
     low, high = wilson(50, 100)
     assert np.allclose([low, high], [0.4038, 0.5962], atol=1e-3)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    assert wilson(0, 10)[0] == 0
+    assert wilson(10, 10)[1] == 1

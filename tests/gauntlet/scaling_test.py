@@ -75,7 +75,8 @@ def test_leave_last_out_and_forecast():
     assert found.last_error < 0.02
     need = fits.more_examples(found)
     target = float(found.best(N[-1])) + 0.01
-    assert need.examples is not None and need.low < need.examples < need.high
+    assert need.examples is not None
+    assert need.low < need.examples < need.high
     assert found.best(N[-1] + need.examples) == pytest.approx(target, abs=1e-6)
 
 
@@ -111,7 +112,8 @@ def test_subsets_are_nested_and_keep_their_proportions(classes, seed, tail, how)
     sizes = [17, 40, 90]
     sets = nested(labels, sizes, seed=seed, how=how, tail=tail)
     for size, small, large in zip(sizes, sets, [*sets[1:], np.arange(600)]):
-        assert len(small) == len(set(small)) == size and set(small) <= set(large)
+        assert len(small) == len(set(small)) == size
+        assert set(small) <= set(large)
     if how == "stratified" or tail > 1:
         share = tail ** (-np.arange(classes) / (classes - 1))
         for size, small in zip(sizes, sets):
@@ -180,11 +182,14 @@ def test_the_report_says_what_the_grid_found():
     assert report.summary["gap growth, low end"] > 0
     assert report.summary["cost of 20% noise at 400"] > 0.05
     assert report.summary["head - tail at ratio 20"] > 0.05
-    assert "fixed steps" in text and "half the clean data" in text and "balanced" in text
+    assert "fixed steps" in text
+    assert "half the clean data" in text
+    assert "balanced" in text
     tail = next(r for r in report.rows if r["kind"] == "tail")
     assert tail["balanced"] < tail["accuracy"]
     again = Report.from_json(report.json())
-    assert again.rows == report.rows and again.figures.keys() == {"learning curve.plotly"}
+    assert again.rows == report.rows
+    assert again.figures.keys() == {"learning curve.plotly"}
 
 
 def test_a_flat_end_with_an_unlearned_training_set_is_budget_limited():
@@ -233,7 +238,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     straight = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "straight")], capture_output=True, text=True, check=True
     ).stdout
-    assert resumed.split(" ", 1)[0] == str(24 - done) and straight.split(" ", 1)[0] == "24"
+    assert resumed.split(" ", 1)[0] == str(24 - done)
+    assert straight.split(" ", 1)[0] == "24"
     assert resumed.split(" ", 1)[1] == straight.split(" ", 1)[1]
 
 
@@ -256,7 +262,8 @@ def test_frozen_features_have_a_learning_curve():
     config = ScalingConfig(smallest=0, seeds=2, draws=50)
     report = DataScaling(config=config)(baseline("raw pixels"), data.open("digits"))
     sizes = [r for r in report.rows if r["kind"] == "size"]
-    assert len(sizes) >= 5 and sizes[-1]["accuracy"] > sizes[0]["accuracy"] > 0.3
+    assert len(sizes) >= 5
+    assert sizes[-1]["accuracy"] > sizes[0]["accuracy"] > 0.3
 
 
 def test_grids_and_relabelled_data():
@@ -267,7 +274,8 @@ def test_grids_and_relabelled_data():
         ScalingConfig(sizes=(10, 10, 20)).grid(100)
     digits = data.open("digits").take(10)
     other = Relabelled(digits, (digits.labels + 1) % 10)
-    assert other[3].label == (digits[3].label + 1) % 10 and len(other) == 10
+    assert other[3].label == (digits[3].label + 1) % 10
+    assert len(other) == 10
     assert other.fingerprint() != digits.fingerprint()
 
 

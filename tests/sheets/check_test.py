@@ -1,0 +1,110 @@
+"""What every check owes: equal findings for equal seeds, an error that advises on empty data, a report that travels."""
+
+import ast
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lynceus
+from lynceus import data
+from lynceus.core.cost import CostCheck
+from lynceus.core.errors import AdviceError
+from lynceus.core.nouns import Check
+from lynceus.core.report import Report
+from lynceus.core.subject import Subject
+from lynceus.gauntlet.probes import KNN, FewShot, LinearProbe, LinearSVM, Logistic
+from lynceus.gauntlet.retrieval import Retrieval
+from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
+from lynceus.train.evaluate import Evaluate
+from lynceus.trust.shift import ShiftConsistency
+
+MEMBERS = {
+    "kNN": KNN(),
+    "linear SVM": LinearSVM(cs=(1.0,)),
+    "linear SVM, augmented": LinearSVM(cs=(1.0,), augment=True, max_iter=50),
+    "logistic": Logistic(cs=(0.1, 1.0), folds=2),
+    "linear probe": LinearProbe(),
+    "linear probe, LARS": LinearProbe(optimizer="lars", epochs=20),
+    "few-shot": FewShot(shots=(1, 5), episodes=3),
+    "retrieval": Retrieval(),
+    "data scaling": DataScaling(config=ScalingConfig(sizes=(20, 40, 80), seeds=2, draws=20)),
+    "shift consistency": ShiftConsistency(limit=40),
+    "evaluate": Evaluate(quiet=True),
+    "cost": CostCheck(repeats=0),  # times differ from call to call
+}
+ROOT = Path(lynceus.__file__).parent
+NEEDS_NO_DATA = {"cost"}  # reads the size of the first image, when there is one
+MEASURED = ("images_per_second", "seconds")  # of the machine and the moment
+
+
+def plain_numbers(report):
+    keep = {k: v for k, v in report.summary.items() if k not in MEASURED}
+    return keep, [{k: v for k, v in row.items() if k not in MEASURED} for row in report.rows]
+
+
+@pytest.fixture(scope="module")
+def subject():
+    torch.manual_seed(0)
+    return Subject(lynceus.create_model("resnet_nano", num_classes=10), size=32)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.open("digits").take(150)
+
+
+def test_every_check_is_on_the_sheet():
+    """Whoever writes a class with `needs` and a call puts it into MEMBERS."""
+    listed = {cls for check in MEMBERS.values() for cls in type(check).__mro__}
+    for file in ROOT.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            if any(isinstance(n, ast.AnnAssign) and getattr(n.target, "id", "") == "needs" for n in body):
+                name = ".".join(("lynceus", *file.relative_to(ROOT).with_suffix("").parts))
+                cls = getattr(import_module(name), node.name)
+                assert cls is Check or cls in listed, f"{name}.{node.name} is not in tests/sheets/check_test.py"
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_it_is_a_frozen_check(name):
+    check = MEMBERS[name]
+    assert isinstance(check, Check)
+    assert isinstance(check.needs, frozenset)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(check, dataclasses.fields(check)[0].name, None)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_seeded_twice_it_finds_the_same_and_its_report_travels(name, subject, digits):
+    check = MEMBERS[name]
+    first, second = (check(subject, digits, seed=3) for _ in range(2))
+    assert first.rows
+    assert first.summary
+    for a, b in zip(plain_numbers(first), plain_numbers(second)):
+        np.testing.assert_equal(a, b)
+    again = Report.from_json(first.json())
+    np.testing.assert_equal(again.summary, first.summary)
+    assert len(again.rows) == len(first.rows)
+    assert again.figures == first.figures
+    for key, value in first.arrays.items():
+        np.testing.assert_array_equal(again.arrays[key], value)
+    assert first.html().startswith("<!")
+    assert first.table()
+
+
+@pytest.mark.parametrize("name", [n for n in MEMBERS if n not in NEEDS_NO_DATA])
+@pytest.mark.parametrize("empty", ["list", "dataset"])
+def test_empty_data_is_an_error_that_advises(name, empty, subject, digits):
+    with pytest.raises(AdviceError) as caught:
+        MEMBERS[name](subject, [] if empty == "list" else digits.subset([]))
+    assert len(str(caught.value)) > 20
+
+
+@pytest.mark.parametrize("name", [n for n, check in MEMBERS.items() if "features" in check.needs])
+def test_what_has_no_features_is_refused_before_any_work(name, digits):
+    with pytest.raises(AdviceError, match="features"):
+        MEMBERS[name](Subject(lambda x: x.mean((2, 3)), name="function"), digits)
