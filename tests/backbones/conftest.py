@@ -1,0 +1,67 @@
+"""Handwritten digits and a short training loop, for the families' learning tests."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def _digits(side, held):
+    """scikit-learn's digits enlarged to `side`, normalised, shuffled: (train x, train y, test x, test y)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.from_numpy(data.images).float()[:, None] / 16
+    x = F.interpolate((x - x.mean()) / x.std(), (side, side), mode="bilinear").repeat(1, 3, 1, 1)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], torch.from_numpy(data.target)[order]
+    return x[held:], y[held:], x[:held], y[:held]
+
+
+def _fit(model, batches, steps, *, lr=2e-3, weight_decay=0.05, clip=5.0):
+    """AdamW with one cycle; `batches` yields (x, y) without end."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for _, (x, y) in zip(range(steps), batches):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        cycle.step()
+    return model.eval()
+
+
+def _accuracy(model, x, y):
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).float().mean())
+
+
+@pytest.fixture
+def fit():
+    return _fit
+
+
+@pytest.fixture
+def accuracy():
+    return _accuracy
+
+
+@pytest.fixture
+def learn_digits():
+    """Trains on digits and gives the held-out accuracy."""
+
+    def learn(model, *, side, held, epochs, seed=0, batch=64):
+        x, y, test_x, test_y = _digits(side, held)
+        generator = torch.Generator().manual_seed(seed)
+        per_epoch = len(x) // batch
+
+        def batches():
+            while True:
+                for part in torch.randperm(len(x), generator=generator)[: per_epoch * batch].split(batch):
+                    yield x[part], y[part]
+
+        return _accuracy(_fit(model, batches(), epochs * per_epoch), test_x, test_y)
+
+    return learn
