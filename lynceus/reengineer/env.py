@@ -58,7 +58,7 @@ def snapshot() -> dict[str, str]:
     out = {"lynceus": lynceus.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            out[package] = str(version(package))  # type: ignore[no-untyped-call, unused-ignore]
+            out[package] = version(package)  # type: ignore[no-untyped-call, unused-ignore]
         except PackageNotFoundError:
             out[package] = "not installed"
     out |= {

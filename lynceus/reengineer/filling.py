@@ -61,7 +61,8 @@ def picks(size: int, count: int = COUNT) -> np.ndarray:
 def gap(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     """The largest difference between two fingerprints (values, mean, std), in units of `theirs`' standard deviation.
 
-    Infinite when the shapes differ or a number is not finite. What `theirs` lost by rounding is not counted.
+    Infinite when the shapes differ or a number is not finite. Where the 9 digits of `theirs` are
+    coarser than 1e-7 of that unit, what was lost by rounding them is not counted.
     """
     if list(ours["shape"]) != list(theirs["shape"]) or len(ours["values"]) != len(theirs["values"]):
         return math.inf
@@ -70,8 +71,8 @@ def gap(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return 0.0 if np.array_equal(a, b) else math.inf
     size = np.abs(b)
+    unit = float(theirs["std"]) or float(size.max(initial=0.0)) or 1.0
     rounding = np.where(size > 0, 0.5 * 10.0 ** (np.floor(np.log10(np.where(size > 0, size, 1.0))) - 8), 0.0)
     rounding[-2:] = 0  # mean and std are written in full
-    worst = float(np.maximum(np.abs(a - b) - rounding, 0).max(initial=0.0))
-    unit = float(theirs["std"]) or float(size.max(initial=0.0)) or 1.0
-    return worst / unit
+    rounding[rounding < 1e-7 * unit] = 0  # it matters only where the mean is far above the standard deviation
+    return float(np.maximum(np.abs(a - b) - rounding, 0).max(initial=0.0)) / unit

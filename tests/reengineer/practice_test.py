@@ -32,10 +32,14 @@ def test_a_golden_record_holds_under_other_threads_and_dtypes(tmp_path, name):
 
 
 def test_a_changed_default_in_a_dependency_is_caught(tmp_path, monkeypatch):
-    model = lynceus.create_model("convnext_nano")
+    model = lynceus.create_model("vit_nano")
     golden.record(model, tmp_path / "g.json")
-    plain = F.gelu
-    monkeypatch.setattr(F, "gelu", lambda x, approximate="none": plain(x, approximate="tanh"))
+    plain = F.scaled_dot_product_attention
+
+    def other_default(q, k, v, scale=None, **more):
+        return plain(q, k, v, scale=scale or 1.001 * q.shape[-1] ** -0.5, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", other_default)
     report = golden.check(model, tmp_path / "g.json")
     assert report.summary["exit_code"] == 1
     assert report.summary["largest difference / std"] > 1e-6
