@@ -36,8 +36,9 @@ def to_windows(x: Float[Tensor, "b h w c"], window: int, shift: int = 0) -> Floa
         high, wide, across = _numbers(h, w, columns, device=x.device)
         row = (number // across * window + cell // window + shift) % high
         order = row * wide + (number % across * window + cell % window + shift) % wide
-        x = x.reshape(b, h * w, c).index_select(1, order)
-        return x.view(b * rows * columns, window * window, c)
+        # flat first: torch.export would ask whether the two leading axes are equal, and they are for one window
+        x = x.reshape(-1).view(b, h * w, c).index_select(1, order)
+        return x.view(-1).view(b * rows * columns, window * window, c)
     if shift:
         x = torch.roll(x, (-shift, -shift), (1, 2))
     x = x.reshape(b, rows, window, columns, window, c).transpose(2, 3)
@@ -57,7 +58,7 @@ def from_windows(
         row, column = (place // side + high - shift) % high, (place % side + wide - shift) % wide
         number = row // window * across + column // window
         order = number * (window * window) + row % window * window + column % window
-        return x.reshape(b, h * w, c).index_select(1, order).view(b, height, width, c)
+        return x.reshape(-1).view(b, h * w, c).index_select(1, order).view(-1).view(b, height, width, c)
     x = x.reshape(b, rows, columns, window, window, c).transpose(2, 3).reshape(b, h, w, c)
     if shift:
         x = torch.roll(x, (shift, shift), (1, 2))
