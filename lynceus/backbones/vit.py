@@ -26,7 +26,7 @@ from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.fused import fusable, hooked
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerScale
-from lynceus.layers.position import resize_position
+from lynceus.layers.position import resize_position, sincos_table
 
 Pool = Literal["token", "avg", "max", "avgmax"]
 
@@ -38,12 +38,14 @@ class ViTConfig(BackboneConfig):
     pool: what the classifier reads: the class token, or mean / max / half the sum of both over the patch tokens.
     class_token, distilled (a second token and a second classifier), registers: tokens before the patches, in that
     order.
-    position: a learned table or none; position_prefix: the table has entries for the tokens before the patches.
+    position: a learned table or none; position_std: what it starts from; position_prefix: the table has entries for the tokens before the patches.
     init_values: start of layer scale, None for no layer scale. qk_norm, attn_norm, mlp_norm: LayerNorm of queries and
     keys, before the output projection of attention, before the second layer of the perceptron. pre_norm: LayerNorm
     before the first block (the patch convolution then has no bias). final_norm: LayerNorm at the end; fc_norm: after
     pooling instead of before (None: when pool is not "token"). pool_prefix: pooling includes the tokens before the
-    patches. levels: blocks whose maps are `stages`; None: four, evenly spaced.
+    patches. init: "small" is the papers', truncated normals of 0.02; "scratch" learns faster from few small images:
+    Xavier, and positions that start as sines and cosines. levels: blocks whose maps are `stages`; None: four, evenly
+    spaced.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -64,6 +66,7 @@ class ViTConfig(BackboneConfig):
     distilled: bool = False
     registers: int = 0
     position: Literal["learned", "none"] = "learned"
+    position_std: float = 0.02
     position_prefix: bool = True
     pre_norm: bool = False
     final_norm: bool = True
@@ -73,6 +76,7 @@ class ViTConfig(BackboneConfig):
     patch_drop: float = 0.0
     proj_drop: float = 0.0
     attn_drop: float = 0.0
+    init: Literal["small", "scratch"] = "small"
     levels: tuple[int, ...] | None = None
 
 
@@ -158,22 +162,31 @@ class ViT(Backbone):
         self.fc_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.final_norm and after else nn.Identity()
         self.head = nn.Linear(c.dim, c.num_classes) if c.num_classes else nn.Identity()
         if c.distilled:
-            self.head_dist = nn.Linear(c.dim, c.num_classes) if c.num_classes else nn.Identity()
+            self.head_dist: nn.Module = nn.Linear(c.dim, c.num_classes) if c.num_classes else nn.Identity()
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear and tables truncated normal of 0.02, biases 0, class token and registers normal of 1e-6."""
+        """As `config.init` says; biases 0, class token and registers normal of 1e-6, classifier always small."""
+        scratch = self.config.init == "scratch"
+        heads = (self.head, getattr(self, "head_dist", None))
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
+                if scratch and m not in heads:
+                    nn.init.xavier_uniform_(m.weight)
+                else:
+                    nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        for table in (self.pos_embed, self.dist_token):
+        for table, std in ((self.pos_embed, self.config.position_std), (self.dist_token, 0.02)):
             if table is not None:
-                nn.init.trunc_normal_(table, std=0.02)
+                nn.init.trunc_normal_(table, std=std)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+        if scratch and self.pos_embed is not None:
+            with torch.no_grad():
+                places = sincos_table(*self.grid, self.config.dim)
+                self.pos_embed[:, -places.shape[1] :] += places
 
     # tokens ----------------------------------------------------------------------------------------
     def embed(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
@@ -272,6 +285,10 @@ class ViT(Backbone):
             x = 0.5 * (x.amax(1) + x.mean(1))
         return self.fc_norm(x)
 
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Any:
+        """Logits (b, num_classes); the pair of both heads' logits in `distilled_training`."""
+        return self.forward_head(self.forward_features(image))
+
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Any:
         if not self.config.distilled or pre_logits:
             return super().forward_head(features, pre_logits)
@@ -333,7 +350,16 @@ _SIZES = {
     "huge": (1280, 32, 16),
 }
 # for images of 28 to 64 pixels, from scratch
-NANO = ViTConfig(image_size=(32, 32), patch_size=4, dim=96, depth=6, heads=3, pool="avg", class_token=False)
+NANO = ViTConfig(
+    image_size=(32, 32),
+    patch_size=4,
+    dim=96,
+    depth=6,
+    heads=3,
+    pool="avg",
+    class_token=False,
+    init="scratch",
+)
 
 
 def _size(name: str, patch: int = 16, side: int = 224, **options: Any) -> ViTConfig:
@@ -373,12 +399,12 @@ def _variants() -> dict[str, ViTConfig]:
             table[f"vit_{size}_patch16_gap_{s}"] = _size(size, 16, s, qkv_bias=False, **first, **mean)
     table["vit_base_patch16_gap_224"] = ViTConfig(dim=768, depth=12, heads=16, fc_norm=False, **mean)
     mean["position_prefix"] = False
-    shapes = {
+    averaged = {
         "medium": [(1, 256), (4, 256)],
         "mediumd": [(4, 256), (4, 384)],
         "betwixt": [(1, 256), (4, 256), (4, 384)],
     }
-    for size, pairs in shapes.items():
+    for size, pairs in averaged.items():
         for k, s in pairs:
             table[f"vit_{size}_patch16_reg{k}_gap_{s}"] = _size(size, 16, s, registers=k, init_values=1e-5, **mean)
     table["vit_base_patch16_reg4_gap_256"] = _size("base", 16, 256, registers=4, **mean)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,10 +39,21 @@ def resize_position(
 def cubic_matrix(old: int, new: int, *, device: torch.device | None = None) -> Float[Tensor, "new old"]:
     """Resizes a line of `old` samples to `new` by product: cubic convolution (a = -0.5), widened when shrinking."""
     step = old / new
-    width = torch.sym_max(step, 1.0)
+    width: Any = torch.sym_max(step, 1.0)
     centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * step
     t = ((torch.arange(old, device=device, dtype=torch.float32) + 0.5 - centre[:, None]) / width).abs()
     near = (1.5 * t - 2.5) * t * t + 1.0
     far = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
     weight = torch.where(t < 1.0, near, torch.where(t < 2.0, far, torch.zeros_like(t)))
     return weight / weight.sum(dim=1, keepdim=True)
+
+
+def sincos_table(height: int, width: int, dim: int) -> Float[Tensor, "1 n d"]:
+    """Fixed positions of a grid, row by row: sines and cosines of the column, then of the row (MoCo v3, MAE)."""
+    quarter = -(-dim // 4)
+    rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+    parts = []
+    for place in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")[::-1]:
+        angles = place.flatten()[:, None] * rates
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, 1)[None, :, :dim]
