@@ -21,7 +21,7 @@ from lynceus.gauntlet.probes import KNN, FewShot, LinearSVM, Logistic
 from lynceus.gauntlet.shifts import SHIFTS, shifted
 from lynceus.rewrite import crop_selection as cs
 from lynceus.train.evaluate import Evaluate
-from lynceus.trust.shift import shift, shift_set
+from lynceus.trust.shift import Kind, shift, shift_set
 
 if TYPE_CHECKING:
     from lynceus.gauntlet.run import GauntletConfig
@@ -145,11 +145,12 @@ def selection(c: Context) -> dict[str, float]:
     chosen = cs.crop_selection(c.model, input_size=side, view=n)
     cyclic = cs.crop_selection(c.model, input_size=side, view=n, cyclic=True)
     out: dict[str, float] = {}
-    for name, model, kinds in (
+    tested: list[tuple[str, nn.Module, Kind]] = [
         ("plain", plain, "both"),
         ("selected", chosen, "realistic"),
         ("cyclic selected", cyclic, "cyclic"),
-    ):
+    ]
+    for name, model, kinds in tested:
         found = shift(model, images, moves, kind=kinds, view=n, labels=labels, batch_size=250)
         for row in found.rows:
             out[f"{name}: {row['kind']} consistency"] = float(row["consistency"])

@@ -6,6 +6,7 @@ Every worker computes with the same number of threads, since the order of a sum 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -92,7 +93,7 @@ def _ray(
         raise missing_extra("ray", "cluster", use="engine='ray'") from None
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         remote = ray.remote(num_cpus=1, max_retries=0)(_threaded)
         parcel = ray.put((function, threads))

@@ -261,7 +261,7 @@ def as_subject(model: nn.Module, name: str, config: GauntletConfig) -> Subject:
 def _recipe(entry: Entry, seed: int, classes: Sequence[str], config: GauntletConfig) -> Supervised:
     module = entry.module(seed, len(classes))
     backbone = getattr(module, "backbone", module)
-    task = Classify(classes=list(classes), label_smoothing=config.label_smoothing)
+    task = Classify(classes=tuple(classes), label_smoothing=config.label_smoothing)
     if config.augment not in PRESETS:
         raise unknown("augment", config.augment, PRESETS)
     options = PRESETS[config.augment]

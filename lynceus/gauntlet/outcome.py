@@ -54,7 +54,9 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
     allmean = tables.mean_table(list(every.values()))
     report = Report(name="gauntlet")
     order = [e.name for e in entries]
-    ranking = intervals = stable = None
+    ranking: tables.Ranking | None = None
+    intervals: dict[str, tuple[float, float]] = {}
+    stable: dict[str, tuple[int, int]] = {}
     if len(mean) > 1 and groups:
         ranking = tables.rank(mean, lower_is_better=lower, groups=groups)
         intervals = tables.rank_intervals(list(seeds.values()), lower_is_better=lower, groups=groups)

@@ -209,7 +209,9 @@ def run_job(job: Job) -> int:
     folder = Path(job.folder) / "trained" / name
     folder.mkdir(parents=True, exist_ok=True)
     bank = FeatureBank(Path(job.folder) / "features" if config.mode == "frozen" else None, quiet=True)
-    model, curve, settings = None, ([], []), {}
+    model: Any = None
+    curve: tuple[list[float], list[float]] = ([], [])
+    settings: dict[str, Any] = {}
     if config.mode == "scratch":
         trained = train_subject(entry, job.seed, job.train, config, folder)
         subject, model, curve, settings = trained.subject, trained.model, trained.curve, trained.settings
@@ -282,6 +284,8 @@ def in_memory(data: Any, size: int | None) -> Any:
 
     if data.images is not None and (size is None or tuple(data.images.shape[-2:]) == (size, size)):
         return data
+    if size is None:
+        raise AdviceError("Pictures from files need one size= to be compared at.")
     if data.images is None and 3 * size**2 * len(data) > 2**31:
         raise AdviceError(
             f"{len(data)} pictures of {size} x {size} do not fit into 2 GB; use limit= or a smaller size=."

@@ -172,6 +172,7 @@ class CropSelected(nn.Module):
     """What `CropSelection` makes: pixels (b, 3, h, w) in [0, 1], at least the view -> the model's output."""
 
     owns_pixels = True
+    filter: Tensor | None
 
     def __init__(self, model: nn.Module | Callable[[Tensor], Tensor], config: CropSelection):
         super().__init__()
@@ -226,13 +227,14 @@ class CropSelected(nn.Module):
             grey = whole_grey(view)
             grey = torch.cat([grey, grey[..., : k - 1, :]], -2)
             grey = torch.cat([grey, grey[..., : k - 1]], -1)
-            return torch.roll(self._apply(grey), (-a, -b), (-2, -1))
+            return torch.roll(self._filtered(grey), (-a, -b), (-2, -1))
         rows, columns = view.shape[-2] - m + k, view.shape[-1] - n + k
-        return self._apply(whole_grey(view[..., a : a + rows, b : b + columns]))
+        return self._filtered(whole_grey(view[..., a : a + rows, b : b + columns]))
 
-    def _apply(self, grey: Tensor) -> Tensor:
+    def _filtered(self, grey: Tensor) -> Tensor:
         if self.filter is None:
-            return self.config.score(grey)  # type: ignore[operator]
+            assert callable(self.config.score)
+            return self.config.score(grey)
         weight = self.filter
         if torch.compiler.is_exporting() or (grey.device.type == "cpu" and not _reduced_precision()):
             grey, weight = (

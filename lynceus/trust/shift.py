@@ -158,7 +158,8 @@ def gather(
     data: Iterable[Sample], *, stored: int | None = None, limit: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Images (b, 3, h, w) of one size and their labels (None when there are none)."""
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[int] = []
     for sample in data:
         if limit is not None and len(images) >= limit:
             break

@@ -73,6 +73,13 @@ def test_gradients_reach_the_weights(rewrite):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in new.parameters() if p.ndim > 1)
 
 
+def test_it_moves_and_changes_precision_like_any_module(rewrite):
+    x = torch.rand(3, 3, 32, 32)
+    new = rewrite(net(), x)
+    want = new(x)
+    assert torch.allclose(new.cpu().double()(x.double()).float(), want, atol=1e-5)
+
+
 def test_it_chains(rewrite):
     x = torch.rand(3, 3, 32, 32)
     assert torch.equal(chain(rewrite)(net(), x)(x), rewrite(net(), x)(x))
