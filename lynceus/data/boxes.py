@@ -135,7 +135,7 @@ class Annotations:
 
 
 def fill(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
-    """The pixels whose centre lies inside any of the polygons (x, y in pixels; pixel 0 spans 0..1), by even-odd rule."""
+    """The pixels whose centre lies inside any of the polygons (x, y; pixel 0 spans 0..1), by the even-odd rule."""
     h, w = size
     out = np.zeros((h, w), dtype=bool)
     centres = np.arange(h) + 0.5

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lynceus.core.errors import AdviceError, MissingError
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"),
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp")
+    + (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif")
 )
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 

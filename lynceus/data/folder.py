@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lynceus.core.errors import AdviceError, MissingError
 from lynceus.data.dataset import Dataset
-from lynceus.data.decode import is_image
+from lynceus.data.decode import EXTENSIONS, is_image
 from lynceus.data.sources import Files
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 EMPTY = "the file is empty (0 bytes); copy it again or delete it"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One picture file: path relative to the root with slashes, bytes, modification time in ns."""
 
     name: str
@@ -39,25 +38,37 @@ def scan(root: str | Path) -> Iterator[Entry]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith((".", "__MACOSX")):
+                if name[0] == "." or name == "__MACOSX":
                     continue
                 if entry.is_dir():
                     below.append(name)
-                elif is_image(name):
+                elif name[name.rfind(".") :].lower() in EXTENSIONS:
                     stat = entry.stat()
                     found.append(Entry(f"{prefix}{name}", stat.st_size, stat.st_mtime_ns))
         yield from sorted(found, key=lambda e: e.name)
         stack.extend((f"{prefix}{name}/", os.path.join(folder, name)) for name in sorted(below, reverse=True))
 
 
-def _dirs(folder: Path) -> list[str]:
+def inner_folders(folder: Path) -> list[str]:
+    """The names of the folders right in `folder`, sorted, hidden ones left out."""
+    if not os.path.isdir(folder):
+        return []
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
 
 
+def ending(folder: Path, *suffixes: str) -> list[Path]:
+    """The files right in `folder` with one of these endings, sorted, hidden ones left out; [] without the folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / n for n in sorted(names) if n.endswith(suffixes) and not n.startswith(".")]
+
+
 def split_folders(root: Path) -> list[str]:
     """The names of the folders in `root` that are splits, when all its folders are."""
-    names = _dirs(root)
+    names = inner_folders(root)
     named = [n for n in names if n.lower() in SPLITS]
     return named if named and len(named) == len(names) else []
 
@@ -66,7 +77,7 @@ def class_folders(root: Path) -> bool:
     """Whether `root`, or a split folder in it, has at least two folders with pictures right inside."""
     for place in [root / s for s in split_folders(root)] or [root]:
         count = 0
-        for name in _dirs(place):
+        for name in inner_folders(place):
             with os.scandir(place / name) as entries:
                 count += any(is_image(e.name) for e in entries)
         if count > 1:
@@ -105,7 +116,7 @@ def read_folder(root: Path, *, max_bad: float = 0.05, labelled: bool | None = No
         )
     of = [p[depth] if inside else None for p, inside in zip(parts, in_folders)]
     present = {c for c in of if c is not None}
-    on_disk = sorted({c for s in (splits or [""]) for c in _dirs(root / s)})
+    on_disk = sorted({c for s in (splits or [""]) for c in inner_folders(root / s)})
     classes = sorted(present)
     empty = [c for c in on_disk if c not in present]
     if empty:

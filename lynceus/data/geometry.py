@@ -24,10 +24,9 @@ def resized_crop(sample: Sample, top: int, left: int, height: int, width: int, s
     the window, those with less than a tenth of their area left are dropped; a picture may end without any.
     """
     if not any(_has(sample)):
-        image = F.resized_crop(sample.image, top, left, height, width, list(size), antialias=True)
-        return replace(sample, image=image)
+        return replace(sample, image=_picture(sample.image, (top, left, height, width), size))
     window = (top, left, height, width)
-    out = replace(sample, image=F.resized_crop(sample.image, *window, list(size), antialias=True))
+    out = replace(sample, image=_picture(sample.image, window, size))
     h, w = size
     scale = torch.tensor([w / width, h / height] * 2)
     if sample.masks is not None:
@@ -96,6 +95,18 @@ def has_geometry(sample: Sample) -> bool:
 def _has(sample: Sample) -> tuple[bool, ...]:
     fields = (sample.boxes, sample.masks, sample.segments, sample.depth, sample.flow)
     return tuple(f is not None for f in fields)
+
+
+def _picture(image: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    top, left, height, width = window
+    inside = top >= 0 and left >= 0 and top + height <= image.shape[-2] and left + width <= image.shape[-1]
+    if not inside:
+        return F.resized_crop(image, *window, list(size), antialias=True)
+    cut = image[:, top : top + height, left : left + width]
+    if (height, width) == tuple(size):
+        return cut
+    # what F.resized_crop does, without its dispatch
+    return torch.nn.functional.interpolate(cut[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _nearest(maps: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:

@@ -190,7 +190,7 @@ def test_ranks_share_each_batch():
 def test_loader_advises():
     with pytest.raises(AdviceError, match="batch_size must be at least 1"):
         data.loader(data.open("digits"), 0)
-    with pytest.raises(AdviceError, match="fewer than one batch of 64.*batch_size=10"):
+    with pytest.raises(AdviceError, match=r"fewer than one batch of 64.*batch_size=10"):
         data.loader(data.open("digits").take(10), 64, drop_last=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def _is_idx(path: Path) -> bool:
 
 
 def _kind(folder: Path) -> str | None:
-    names = {p.name for p in folder.iterdir()}
+    names = set(os.listdir(folder))
     if any(re.search(r"images[-.]idx3-ubyte(\.gz)?$", n) for n in names):
         return "mnist"
     if "data_batch_1" in names or ({"train", "meta"} <= names and (folder / "train").is_file()):

@@ -17,6 +17,7 @@ from lynceus.core.errors import AdviceError, MissingError
 from lynceus.data import cache
 from lynceus.data.boxes import Annotations, encode_rle
 from lynceus.data.dataset import Dataset
+from lynceus.data.folder import ending, inner_folders
 from lynceus.data.formats.options import Options
 from lynceus.data.formats.write import fresh, save_picture, write_text
 from lynceus.data.sources import Files
@@ -32,8 +33,8 @@ def detect(path: Path) -> bool:
 
 
 def _jsons(folder: Path) -> list[Path]:
-    places = (folder, folder / "annotations", *sorted(p for p in folder.glob("*") if p.is_dir()))
-    return [f for p in dict.fromkeys(places) for f in sorted(p.glob("*.json")) if _looks(f)]
+    places = (folder, folder / "annotations", *(folder / n for n in inner_folders(folder)))
+    return [f for p in dict.fromkeys(places) for f in ending(p, ".json") if _looks(f)]
 
 
 def _looks(file: Path) -> bool:

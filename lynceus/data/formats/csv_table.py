@@ -11,7 +11,7 @@ import numpy as np
 from lynceus.core.errors import AdviceError, MissingError, unknown
 from lynceus.data.dataset import Dataset
 from lynceus.data.decode import is_image
-from lynceus.data.folder import Entry, drop_empty
+from lynceus.data.folder import Entry, drop_empty, ending
 from lynceus.data.formats.options import Options
 from lynceus.data.formats.write import fresh, save_picture, write_text
 from lynceus.data.sources import Files
@@ -34,7 +34,7 @@ def detect(path: Path) -> bool:
 def usual(folder: Path) -> Path | None:
     found = next((folder / n for n in USUAL if (folder / n).is_file()), None)
     if found is None:
-        tables = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in (".csv", ".tsv")]
+        tables = ending(folder, ".csv", ".tsv", ".CSV", ".TSV")
         found = tables[0] if len(tables) == 1 else None
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lynceus.core.errors import AdviceError, MissingError
 from lynceus.data.dataset import Dataset
+from lynceus.data.folder import ending, inner_folders
 from lynceus.data.formats.options import Options
 from lynceus.data.formats.write import fresh
 from lynceus.data.table import from_table, read_parquet
@@ -22,7 +23,8 @@ def detect(path: Path) -> bool:
 
 
 def _parquets(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
+    inner = (f for n in inner_folders(folder) for f in ending(folder / n, ".parquet"))
+    return ending(folder, ".parquet") or list(inner)
 
 
 def read(path: Path, options: Options) -> Dataset:

@@ -20,6 +20,7 @@ from lynceus.core.errors import AdviceError, MissingError
 from lynceus.data import cache
 from lynceus.data.dataset import Dataset
 from lynceus.data.decode import UnreadableError, is_image, read_image
+from lynceus.data.folder import ending
 from lynceus.data.formats.options import Options
 from lynceus.data.formats.write import fresh
 
@@ -30,7 +31,7 @@ def detect(path: Path) -> bool:
     """A .tar, a folder of them, or a pattern such as name-{000000..000012}.tar."""
     if re.search(r"\{\d+\.\.\d+\}", path.name):
         return True
-    return path.suffix == ".tar" if path.is_file() else path.is_dir() and any(path.glob("*.tar"))
+    return path.suffix == ".tar" if path.is_file() else bool(ending(path, ".tar"))
 
 
 def expand(path: Path) -> list[Path]:
@@ -44,7 +45,7 @@ def expand(path: Path) -> list[Path]:
         if lack:
             raise MissingError(f"{len(lack)} of {len(files)} shards are not there, the first {lack[0]}.")
         return files
-    return [path] if path.is_file() else sorted(path.glob("*.tar"))
+    return [path] if path.is_file() else ending(path, ".tar")
 
 
 class Members:

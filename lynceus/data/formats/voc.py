@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.progress import track
 from lynceus.data import cache
 from lynceus.data.boxes import Annotations
 from lynceus.data.dataset import Dataset
@@ -96,7 +97,7 @@ def _splits(root: Path, stems: list[str]) -> tuple[list[str] | None, list[str]]:
 
 def _index(root: Path, names: list[str]) -> dict[str, np.ndarray]:
     records = []
-    for name in names:
+    for name in track(names, "reading annotations", unit="files"):
         file = root / "Annotations" / name
         try:
             tree = ElementTree.parse(file).getroot()

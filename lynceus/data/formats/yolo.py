@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.progress import track
 from lynceus.data import cache
 from lynceus.data.boxes import Annotations
 from lynceus.data.dataset import Dataset
-from lynceus.data.folder import Entry, drop_empty, scan
+from lynceus.data.folder import Entry, drop_empty, ending, scan
 from lynceus.data.formats.options import Options
 from lynceus.data.formats.write import fresh, save_picture, write_text
 from lynceus.data.sources import Files
@@ -35,7 +36,7 @@ def _yaml(folder: Path) -> Path | None:
     names = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
     found = [folder / n for n in names if (folder / n).is_file()]
     if not found:
-        found = [f for f in sorted(folder.glob("*.y*ml")) if b"names:" in f.read_bytes()]
+        found = [f for f in ending(folder, ".yaml", ".yml") if b"names:" in f.read_bytes()]
     return found[0] if found else None
 
 
@@ -154,13 +155,13 @@ def _listed(file: Path) -> list[tuple[str, Entry]]:
 
 
 def _label_file(picture: str) -> str:
-    head, slash, tail = picture.rpartition("/images/")
-    path = f"{head}/labels/{tail}" if slash else picture
-    return os.path.splitext(path)[0] + ".txt"
+    at = picture.rfind("/images/")
+    stem = picture[: picture.rfind(".")]
+    return f"{stem[:at]}/labels/{stem[at + 8 :]}.txt" if at >= 0 else f"{stem}.txt"
 
 
 def _label_folders(texts: list[str], origin: Path) -> list[str]:
-    folders = sorted({os.path.dirname(t) for t in texts})
+    folders = sorted({t[: t.rfind("/")] for t in texts})
     if not any(os.path.isdir(f) and any(n.endswith(".txt") for n in os.listdir(f)) for f in folders):
         raise MissingError(
             f"{origin}: there are pictures but no label files; each image.jpg needs image.txt in {folders[0]} "
@@ -189,7 +190,7 @@ def _index(
     origin: Path,
 ) -> dict[str, np.ndarray]:
     out = Annotations(relative=True)
-    for text in texts:
+    for text in track(texts, "reading labels", unit="files"):
         out.row()
         if text not in stats or stats[text][0] == 0:
             continue
