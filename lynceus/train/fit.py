@@ -190,6 +190,8 @@ class _Run:
         )
         self.parameters = [p for g in groups for p in g["params"]]
         self.model, self.optimizer = accelerator.prepare(recipe, optimizer)
+        if accelerator.scaler is None and str(accelerator.distributed_type.value) in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            self.optimizer = optimizer  # the wrapper would look for optional packages on disk at every step
         if saved is not None:
             self._restore(saved)
         self.clock = Clock(0.0 if saved is None else float(saved["seconds"]))

@@ -1,4 +1,4 @@
-"""What every recipe owes: a finite loss with a gradient for all that it trains, seeded augmentation, a usable export, and
+"""What every recipe owes: a finite loss with a gradient for all it trains, seeded augmentation, a usable export, and
 a resumed run equal to the straight one."""
 
 import pytest

@@ -1,4 +1,4 @@
-"""What every task owes: a predictor on any backbone that owns its pixels, a loss that falls, and a metric that is 1 when
+"""What every task owes: a predictor on any backbone that owns its pixels, a falling loss, and a metric that is 1 when
 everything is right."""
 
 import pytest
