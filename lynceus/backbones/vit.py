@@ -38,7 +38,7 @@ class ViTConfig(BackboneConfig):
     pool: what the classifier reads: the class token, or mean / max / half the sum of both over the patch tokens.
     class_token, distilled (a second token and a second classifier), registers: tokens before the patches, in that
     order.
-    position: a learned table or none; position_std: what it starts from; position_prefix: the table has entries for the tokens before the patches.
+    position: a learned table or none; position_prefix: the table has entries for the tokens before the patches.
     init_values: start of layer scale, None for no layer scale. qk_norm, attn_norm, mlp_norm: LayerNorm of queries and
     keys, before the output projection of attention, before the second layer of the perceptron. pre_norm: LayerNorm
     before the first block (the patch convolution then has no bias). final_norm: LayerNorm at the end; fc_norm: after
@@ -66,7 +66,6 @@ class ViTConfig(BackboneConfig):
     distilled: bool = False
     registers: int = 0
     position: Literal["learned", "none"] = "learned"
-    position_std: float = 0.02
     position_prefix: bool = True
     pre_norm: bool = False
     final_norm: bool = True
@@ -177,9 +176,9 @@ class ViT(Backbone):
                     nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        for table, std in ((self.pos_embed, self.config.position_std), (self.dist_token, 0.02)):
+        for table in (self.pos_embed, self.dist_token):
             if table is not None:
-                nn.init.trunc_normal_(table, std=std)
+                nn.init.trunc_normal_(table, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
