@@ -128,7 +128,14 @@ def copies(c: Context) -> dict[str, float]:
 
 
 def fine_tune(c: Context) -> dict[str, float]:
-    trained = train_subject(c.entry, c.seed, c.train, c.config, c.folder / "fine-tune", steps=c.config.finetune_steps)
+    trained = train_subject(
+        c.entry,
+        c.seed,
+        c.train,
+        c.config,
+        c.folder / f"fine-tune-{c.config.finetune_steps}",
+        steps=c.config.finetune_steps,
+    )
     found = Evaluate(details=False, quiet=True)(trained.subject, c.test).summary
     return {"fine-tuned accuracy": found["accuracy"]}
 

@@ -94,6 +94,7 @@ CIFAR10 = GauntletConfig(
 )
 PRESETS: dict[str, GauntletConfig] = {"demo": DEMO, "cifar10": CIFAR10}
 _ELSEWHERE = ("jobs", "threads", "seeds", "stations", "latency_batches", "latency_repeats")  # not part of every key
+_LEARNING = ("steps", "seconds", "batch_size", "lr", "weight_decay", "warmup", "label_smoothing", "augment", "crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,8 @@ def run_job(job: Job) -> int:
         return 0
     entry, config = job.entry, job.config
     protocol = {k: v for k, v in to_dict(config).items() if k not in _ELSEWHERE}
-    name = digest([entry.identity, protocol, job.train.fingerprint(), job.seed], 20)
+    learning = {k: protocol[k] for k in _LEARNING}
+    name = digest([entry.identity, learning, job.train.fingerprint(), job.seed], 20)
     folder = Path(job.folder) / "trained" / name
     folder.mkdir(parents=True, exist_ok=True)
     bank = FeatureBank(Path(job.folder) / "features" if config.mode == "frozen" else None, quiet=True)

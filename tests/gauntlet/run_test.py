@@ -149,9 +149,10 @@ def run_killed(script, out, after):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_repeats_nothing(tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_run_goes_on_and_repeats_nothing(tmp_path, jobs):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("limit=200", f"limit=200, jobs={jobs}"))
     whole = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "whole")], capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
