@@ -56,7 +56,7 @@ def cifar10(path: Path, count: int) -> tuple[Tensor, Tensor]:
     pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table[images].to_pylist()]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
-    return x, torch.tensor(table["label"].to_pylist())
+    return x.contiguous(memory_format=torch.channels_last), torch.tensor(table["label"].to_pylist())
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int = 128, lr: float = 2e-3) -> float:
@@ -104,7 +104,7 @@ def ladder(
             with borrowed(0, "ladder", name):
                 # gamma from 1: three epochs are too few to wait for 1e-6
                 small = replace(narrow(config, width), num_classes=10, layer_scale=1.0 if config.layer_scale else 0.0)
-                net = Ladder(small).train()
+                net = Ladder(small).to(memory_format=torch.channels_last).train()
                 row.small_parameters = sum(p.numel() for p in net.parameters())
                 row.loss = train(net, x[:count], y[:count], epochs=epochs)
                 row.accuracy = accuracy(net, x[count:], y[count:])
