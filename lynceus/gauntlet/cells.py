@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from lynceus.core.config import digest
 from lynceus.core.errors import AdviceError
+from lynceus.core.nouns import Recipe
 from lynceus.core.rng import borrowed, generator
 from lynceus.core.subject import Subject
-from lynceus.core.types import as_float
+from lynceus.core.types import Batch
+from lynceus.data.dataset import Dataset, Pixels
 from lynceus.gauntlet.features import FeatureBank, Features, batches
+from lynceus.train.fit import FitConfig, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def default_build(name: str, classes: int) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedCell:
-    """Trains a model from scratch on a subset: SGD with momentum, cosine rate, mirrored and shifted pictures.
+    """Trains a model from scratch on a subset with `fit`: SGD with momentum, one cycle, mirrored and shifted pictures.
 
     build: (capacity, classes) -> module on normalised images; default `create_model(capacity)`. lr: peak rate; of
     several, each size picks its own on a seventh of its subset, so that no size is judged by another's optimum.
@@ -139,41 +143,46 @@ class SupervisedCell:
         with borrowed(seed, "init", capacity):
             model = self.build(capacity, classes)
         subject = Subject(model)
-        model.train()
-        groups = [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=max(steps, 2), pct_start=0.15, cycle_momentum=False
+        config = FitConfig(
+            steps=steps,
+            batch_size=size,
+            optimizer="nesterov",
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            schedule="one-cycle",
+            seed=seed,
+            quiet=True,
         )
-        draw = generator(seed, "batches")
-        with borrowed(seed, "dropout", capacity):
-            order = torch.empty(0, dtype=torch.long)
-            for _ in range(steps):
-                while len(order) < min(size, len(images)):
-                    order = torch.cat([order, torch.randperm(len(images), generator=draw)])
-                index, order = order[:size], order[size:]
-                batch = self._augment(as_float(images[index]), draw)
-                loss = F.cross_entropy(model(subject.prepare(batch)), labels[index])
-                if not torch.isfinite(loss):
-                    raise AdviceError(f"The loss of {capacity} became {loss.item()} with lr {lr}; lower the rate.")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        part = Dataset(Pixels(images), name=f"{len(images)} images", labels=labels.numpy())
+        fit(_Learner(model, subject, self.mirror, self.shift), part, config=config)
         model.eval()
         return subject
 
-    def _augment(self, batch: Tensor, draw: torch.Generator) -> Tensor:
+
+class _Learner(Recipe):
+    """Plain cross-entropy for any module: normalised as a subject would, mirrored and shifted on the batch."""
+
+    def __init__(self, model: nn.Module, subject: Subject, mirror: bool, shift: int):
+        super().__init__()
+        self.model, self.mirror, self.shift = model, mirror, shift
+        self.prepare = subject.prepare
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        image = batch.image
         if self.mirror:
-            flip = torch.rand(len(batch), 1, 1, 1, generator=draw) < 0.5
-            batch = torch.where(flip, batch.flip(-1), batch)
+            flip = torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5
+            image = torch.where(flip.to(image.device), image.flip(-1), image)
         if self.shift:
-            by = torch.randint(-self.shift, self.shift + 1, (2,), generator=draw)
-            batch = torch.roll(batch, (int(by[0]), int(by[1])), (-2, -1))
-        return batch
+            by = torch.randint(-self.shift, self.shift + 1, (2,), generator=generator)
+            image = torch.roll(image, (int(by[0]), int(by[1])), (-2, -1))
+        return dataclasses.replace(batch, image=image)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.model(self.prepare(batch.pixels())), batch.label)}
+
+    def export(self) -> nn.Module:
+        return self.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +226,7 @@ def pixels(data: Any) -> Tensor:
 
 @torch.inference_mode()
 def _logits(subject: Subject, images: Tensor) -> np.ndarray:
-    return np.concatenate([subject(images[i : i + 256]).float().numpy() for i in range(0, len(images), 256)])
+    return np.concatenate([subject(images[i : i + 256]).float().cpu().numpy() for i in range(0, len(images), 256)])
 
 
 def cell_key(cell: Cell, fingerprint: str, train_cell: Any) -> str:

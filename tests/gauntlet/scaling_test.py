@@ -37,7 +37,7 @@ def drawn(law, seeds=3, n_test=2000, seed=0, n=N):
 def test_the_right_law_is_chosen_and_covered(law):
     chosen = covered = rejected = 0
     for seed in range(50):
-        found = fits.fit(drawn(law, seed=seed), seed=seed)
+        found = fits.fit(drawn(law, seed=seed), draws=400, seed=seed)
         chosen += found.chosen == law
         low, high = found.laws[law].interval(SHAPE[law])
         covered += low <= TRUTH[law][fits.LAWS[law].index(SHAPE[law])] <= high
