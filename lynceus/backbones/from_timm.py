@@ -52,7 +52,7 @@ class TimmBackbone(Backbone):
         super().__init__(config, stages)
         self.levels = tuple(chosen)
         self.modules_of_levels = tuple(infos[i]["module"] for i in chosen)
-        self.model: nn.Module = _build(config, options, pretrained=config.pretrained)
+        self.model: Any = _build(config, options, pretrained=config.pretrained)
         cfg = self.model.pretrained_cfg
         self.mean, self.std = _statistics(cfg, config.in_chans)
         self.num_features = int(self.model.num_features)
@@ -144,7 +144,7 @@ class TimmBackbone(Backbone):
         return inside(self.model.group_matcher(coarse=coarse), "model")
 
     def no_weight_decay(self) -> set[str]:
-        names = getattr(self.model, "no_weight_decay", set)()
+        names: set[str] = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{n}" for n in names}
 
 
@@ -156,10 +156,7 @@ def create_timm(
     changes: fields of TimmConfig, or arguments of timm's class. An unknown name or argument is an OptionError that
     names the nearest.
     """
-    import timm
-
-    if not timm.is_model(name):
-        raise unknown("timm model", name, timm.list_models(), how="lynceus models 'timm:*PART*' lists them.")
+    check_timm(name)
     given = dict(changes or {})
     own = {f.name for f in fields(TimmConfig)} - {"architecture", "options"}
     config = {k: given.pop(k) for k in list(given) if k in own}
@@ -175,6 +172,14 @@ def create_timm(
     )
     model.name = f"timm:{name}"
     return model
+
+
+def check_timm(name: str) -> None:
+    """Raises the error that names the nearest when timm has no model of that name."""
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models(), how="lynceus models 'timm:*PART*' lists them.")
 
 
 def list_timm(pattern: str = "*") -> list[str]:
@@ -211,7 +216,7 @@ def _arguments(name: str) -> set[str] | None:
     return set(parameters) - {"self", "args", "kwargs", "num_classes", "in_chans"}
 
 
-def _skeleton(name: str, **options: Any) -> nn.Module:
+def _skeleton(name: str, **options: Any) -> Any:
     """The model on the meta device: nothing is allocated or initialised."""
     import timm
 
@@ -219,7 +224,7 @@ def _skeleton(name: str, **options: Any) -> nn.Module:
         return timm.create_model(name, pretrained=False, **options)
 
 
-def _planned(config: TimmConfig) -> tuple[nn.Module, dict[str, Any]]:
+def _planned(config: TimmConfig) -> tuple[Any, dict[str, Any]]:
     """The model without its weights, and the arguments that timm gets, with any size allowed where it can."""
     name, options = config.architecture, dict(config.options)
     allowed = _arguments(name) or set()
@@ -240,7 +245,7 @@ def _planned(config: TimmConfig) -> tuple[nn.Module, dict[str, Any]]:
     raise OptionError(f"timm's {name} cannot be built with {options}: {last}")
 
 
-def _build(config: TimmConfig, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+def _build(config: TimmConfig, options: Mapping[str, Any], *, pretrained: bool) -> Any:
     import timm
 
     return timm.create_model(config.architecture, pretrained=pretrained, **options)
@@ -268,10 +273,11 @@ def _statistics(cfg: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...
 
 
 def _size(config: TimmConfig, cfg: Mapping[str, Any]) -> tuple[int, int]:
-    return tuple(config.image_size) if config.image_size is not None else tuple(cfg["input_size"][-2:])
+    height, width = config.image_size if config.image_size is not None else cfg["input_size"][-2:]
+    return int(height), int(width)
 
 
-def _sizes(model: nn.Module, config: TimmConfig, size: tuple[int, int], multiple: int) -> Sizes:
+def _sizes(model: Any, config: TimmConfig, size: tuple[int, int], multiple: int) -> Sizes:
     """Which images the model takes, tried on shapes alone."""
 
     def takes(height: int, width: int) -> bool:

@@ -82,12 +82,12 @@ def _make(name: str, pyramid: bool, pretrained: bool, options: dict[str, Any]) -
     return _maps_only(model, out_indices) if features_only else model
 
 
-def _maps_only(model: Backbone, out_indices: Any) -> nn.Module:
+def _maps_only(model: Backbone, out_indices: Any) -> Any:
     from timm.models._features import FeatureGetterNet
 
     take = model.take_indices(out_indices)
     cfg = model.pretrained_cfg
-    getter = FeatureGetterNet(model, out_indices=take)
+    getter: Any = FeatureGetterNet(model, out_indices=tuple(take))
     getter.pretrained_cfg = getter.default_cfg = {**cfg, "num_classes": 0}
     return getter
 

@@ -63,7 +63,9 @@ def export(
     """
     _check(example, formats, dynamic)
     folder, example = Path(out), example.detach()
-    rows, notes, summary = [], [], {}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    summary: dict[str, float] = {}
     with evaluating(model), torch.no_grad(), _folder(folder) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with progress("exporting", total=1 + len(formats), unit="steps", quiet=quiet) as bar:
@@ -236,7 +238,7 @@ def _write(name: str, plan: Plan, model: nn.Module, example: Tensor, path: Path)
     reason = ""
     for made in _fallbacks(plan, model, example):
         try:
-            onnx = torch.onnx.export(
+            onnx: Any = torch.onnx.export(
                 made.program, dynamo=True, verbose=False, input_names=["image"], output_names=["out"]
             )
             onnx.save(str(path), external_data=_bytes(model) > 1_900_000_000)
