@@ -28,7 +28,8 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 def _tests(name: str) -> Any:
     """A file of tests as a module: the faults and runs are planted there."""
     spec = importlib.util.spec_from_file_location(name, TESTS / "reengineer" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -9,6 +9,7 @@ from lynceus.backbones._base import Backbone as Backbone
 from lynceus.backbones._base import BackboneConfig as BackboneConfig
 from lynceus.backbones._table import FAMILIES as FAMILIES
 from lynceus.backbones._table import family_module, matching, variants
+from lynceus.backbones._weights import load_weights as load_weights
 from lynceus.core.config import changed
 from lynceus.core.errors import unknown
 
@@ -42,8 +43,6 @@ def create_model(
         model = module.build(config)
         model.name = name
     if weights is not None:
-        from lynceus.backbones._weights import load_weights
-
         load_weights(model, weights)
     return model.eval()
 

@@ -34,7 +34,7 @@ def load_weights(
     value, or an entry no place, nothing is loaded and the AdviceError holds the account.
     head: "drop" leaves the classifier as initialised and ignores the file's. entry: which weights of a file that holds
     several ("model_ema"). resize: position tables of another size are resized. ignore: patterns of the file's names
-    that may find no place. account: an Account to fill in, for callers that need it even when loading fails.
+    that may find no place; the account's text also stays on the model as `weights_account`. account: an Account to fill in, for callers that need it even when loading fails.
     """
     if head not in ("strict", "drop"):
         raise unknown("head", str(head), ["strict", "drop"])
@@ -48,6 +48,7 @@ def load_weights(
         told = f"{found.account.text()}{_advice(found, model, path)}"
         raise AdviceError(f"{path} does not fit {_name(model)}; nothing was loaded.\n{told}")
     model.load_state_dict(found.values, strict=False)  # complete: what is left out is in the account
+    vars(model)["weights_account"] = found.account.text()
     return found.account
 
 

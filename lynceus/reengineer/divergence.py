@@ -251,7 +251,7 @@ def _configuration(a: nn.Module, b: nn.Module, names: Mapping[str, str]) -> list
 def _options(module: nn.Module) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": type(module).__name__}
     for name, value in vars(module).items():
-        if name.startswith("_") or name in ("training", "name"):
+        if name.startswith("_") or name in ("training", "name", "weights_account"):
             continue
         if isinstance(value, (bool, int, float, str, type(None))):
             out[name] = value

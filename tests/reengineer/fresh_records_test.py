@@ -62,10 +62,10 @@ def vit_outputs(m, x):
 @pytest.mark.parametrize(
     "config",
     [
-        {"factory": "resnet34"},
+        pytest.param({"factory": "resnet34"}, marks=pytest.mark.slow),
         {"factory": "resnet50", "replace_stride_with_dilation": [False, True, True], "num_classes": 7},
-        {"factory": "resnext50_32x4d", "num_classes": 5},
-        {"factory": "wide_resnet50_2", "num_classes": 5},
+        pytest.param({"factory": "resnext50_32x4d", "num_classes": 5}, marks=pytest.mark.slow),
+        pytest.param({"factory": "wide_resnet50_2", "num_classes": 5}, marks=pytest.mark.slow),
     ],
     ids=lambda c: c["factory"],
 )
