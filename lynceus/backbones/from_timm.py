@@ -10,7 +10,7 @@ import fnmatch
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -207,7 +207,7 @@ def _arguments(name: str) -> set[str] | None:
     for cls in type(_skeleton(name)).__mro__:
         if cls is nn.Module:
             break
-        known = dict(inspect.signature(cls.__init__).parameters)
+        known = dict(inspect.signature(cast(Any, cls).__init__).parameters)
         parameters |= known
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             break

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lynceus.core.report import Report
 
 CODE = {"command": "Command", "twin": "The same in Python"}
+WHEN = ("date", "device", "seed")  # of the environment, told under the title
 SHOWN = 20  # rows in a notebook
 
 
@@ -33,9 +34,7 @@ def page(report: Report) -> str:
     codes = {k: v for k, v in report.environment.items() if k in CODE or "\n" in v}
     return _template().render(
         name=report.name,
-        when=" · ".join(
-            f"seed {v}" if k == "seed" else v for k, v in stamps.items() if k in ("date", "device", "seed")
-        ),
+        when=" · ".join(f"seed {stamps[k]}" if k == "seed" else stamps[k] for k in WHEN if k in stamps),
         cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
         notes=report.notes,
         drawings=drawings,
