@@ -94,7 +94,7 @@ class Supervised(Recipe):
             )
         self.task = task
         self.config = config or SupervisedConfig()
-        self.model = task.build(backbone)
+        self.model: Any = task.build(backbone)
         self.loss = loss or task.loss
 
     @property
@@ -157,7 +157,8 @@ class Supervised(Recipe):
 
     def export(self) -> nn.Module:
         """The predictor: pixels in, raw outputs out, in eval mode."""
-        return self.model.eval()
+        model: nn.Module = self.model.eval()
+        return model
 
     # what fit asks for before it starts -----------------------------------------------------------
     def check_data(self, data: Any, labels: Any) -> None:
@@ -227,12 +228,12 @@ def mix(image: Tensor, label: Tensor, config: SupervisedConfig, generator: torch
     h, w = int(image.shape[-2]), int(image.shape[-1])
     side = math.sqrt(1 - keep)
     high, wide = int(h * side), int(w * side)
-    y, x = int(draws.integers(h)), int(draws.integers(w))
+    y, z = int(draws.integers(h)), int(draws.integers(w))
     top, bottom, left, right = (
         max(0, y - high // 2),
         min(h, y + high // 2),
-        max(0, x - wide // 2),
-        min(w, x + wide // 2),
+        max(0, z - wide // 2),
+        min(w, z + wide // 2),
     )
     mixed = image.clone()
     mixed[..., top:bottom, left:right] = image.flip(0)[..., top:bottom, left:right]

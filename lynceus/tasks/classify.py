@@ -33,7 +33,7 @@ def resized(image: Tensor, size: tuple[int, int], policy: str = "crop") -> Tenso
         scale = max(size[0] / h, size[1] / w)
         middle = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
     else:
-        middle = tuple(size)
+        middle = size
     flat = F.interpolate(flat, middle, mode="bilinear", antialias=True, align_corners=False)
     top, left = (middle[0] - size[0]) // 2, (middle[1] - size[1]) // 2
     flat = flat[..., top : top + size[0], left : left + size[1]]
@@ -74,7 +74,8 @@ class Classifier(nn.Module):
             x = x.expand(-1, 3, -1, -1)
         if self.task.size is not None and tuple(x.shape[-2:]) != self.task.size:
             x = resized(x, self.task.size, self.task.resize)
-        return self.backbone(self.normalise(x))
+        logits: Tensor = self.backbone(self.normalise(x))
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ class Classify:
             return self.image_size
         return (self.image_size, self.image_size)
 
-    def build(self, backbone: nn.Module) -> Classifier:
+    def build(self, backbone: Any) -> Classifier:
         """The backbone with as many outputs as there are classes (a fresh head if it had another number), and its
         normalisation, as one module on pixels."""
         if getattr(backbone, "num_classes", None) != self.num_classes:

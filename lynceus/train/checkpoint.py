@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import lynceus
-from lynceus.backbones import FAMILIES, create_model, family_module, variants
+from lynceus.backbones import FAMILIES, create_model
+from lynceus.backbones._table import family_module, variants
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, MissingError
 from lynceus.tasks import task_class
@@ -60,23 +61,22 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
     }
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: Any) -> dict[str, Any]:
     """What rebuilds a predictor: written into model.json and the header of the weights."""
     if not exportable(model):
         raise AdviceError(
             f"save_model writes what a Task built or a Backbone, not {type(model).__name__}; "
             "torch.save(model.state_dict(), ...) writes the bare weights."
         )
-    if hasattr(model, "rewrite") and hasattr(
-        model, "original"
-    ):  # what a Rewrite made: the original, then how it was changed
-        made, kind = describe_model(model.original), type(model.rewrite)  # type: ignore[arg-type]
+    # what a Rewrite made: the original, then how it was changed
+    if hasattr(model, "rewrite") and hasattr(model, "original"):
+        made, kind = describe_model(model.original), type(model.rewrite)
         step = {"rewrite": f"{kind.__module__}:{kind.__qualname__}", "options": to_dict(model.rewrite)}
         return {**made, "rewrites": [*made.get("rewrites", []), step]}
     out: dict[str, Any] = {"format": FORMAT, "lynceus": lynceus.__version__}
     if hasattr(model, "task"):
         out |= {"task": type(model.task).name, "options": to_dict(model.task)}
-        out["backbone"] = describe_backbone(model.backbone)  # type: ignore[arg-type]
+        out["backbone"] = describe_backbone(model.backbone)
     else:
         out |= {"task": None, "backbone": describe_backbone(model)}
     return out

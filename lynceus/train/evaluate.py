@@ -53,7 +53,7 @@ class Evaluate:
                             "needs no labels."
                         )
                     raw = subject(batch.image)
-                    task = getattr(subject.model, "task", None)
+                    task: Any = getattr(subject.model, "task", None)
                     scores = task.probabilities(raw) if hasattr(task, "probabilities") else raw.float().softmax(-1)
                     parts.append((scores.cpu(), batch.label.cpu()))
                     ids += batch.ids or [str(len(ids) + i) for i in range(len(batch))]

@@ -133,7 +133,10 @@ class Feed:
                 f"A batch of {self.batch} cannot be shared by {world} processes; raise batch_size to at least {world}."
             )
         memory = in_memory(data, recipe)
-        self.memory = None if memory is None else tuple(None if t is None else t.to(device) for t in memory)
+        self.memory: tuple[Tensor, Tensor | None] | None = None
+        if memory is not None:
+            images, labels = memory
+            self.memory = images.to(device), None if labels is None else labels.to(device)
 
     def part(self, size: int) -> slice:
         """Which of `size` images of a batch are this process's."""
@@ -239,8 +242,9 @@ def size_of(batch: Any) -> int:
 def pick(batch: Any, part: slice) -> Any:
     """Some images of a batch: of a Batch, or of tensors along their first axis in lists and dicts."""
     if isinstance(batch, Batch):
-        values = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
-        return Batch(**{k: (v[part] if v is not None else None) for k, v in values.items()})
+        values: dict[str, Any] = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
+        kept: dict[str, Any] = {k: (v[part] if v is not None else None) for k, v in values.items()}
+        return Batch(**kept)
     if isinstance(batch, dict):
         return {k: pick(v, part) for k, v in batch.items()}
     if isinstance(batch, (list, tuple)):

@@ -131,8 +131,9 @@ def fit(
     """
     config = config or FitConfig()
     data = as_map(data)
-    if hasattr(recipe, "check_data"):
-        recipe.check_data(data, known_labels(data))
+    check: Any = getattr(recipe, "check_data", None)
+    if check is not None:
+        check(data, known_labels(data))
     if evaluate is None and held_out is not None:
         from lynceus.train.evaluate import Evaluate
 
@@ -205,9 +206,8 @@ class _Run:
     # what the run is ------------------------------------------------------------------------------
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values."""
-        described = (
-            self.recipe.describe() if hasattr(self.recipe, "describe") else {"recipe": type(self.recipe).__name__}
-        )
+        describe: Any = getattr(self.recipe, "describe", None)
+        described = describe() if describe is not None else {"recipe": type(self.recipe).__name__}
         fingerprint = self.data.fingerprint() if hasattr(self.data, "fingerprint") else None
         data = {
             "name": str(getattr(self.data, "name", type(self.data).__name__)),

@@ -52,7 +52,7 @@ def lr_factor(step: int, total: int, schedule: str = "cosine", warmup: float = 0
     return 1.0
 
 
-def param_groups(model: nn.Module, *, layer_decay: float | None = None) -> list[dict[str, Any]]:
+def param_groups(model: Any, *, layer_decay: float | None = None) -> list[dict[str, Any]]:
     """Groups of a model's trainable parameters: no decay for one-dimensional ones and `model.no_weight_decay()`;
     with `layer_decay`, "lr_scale" falls by that factor per depth group of `model.group_matcher` from the head down."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -60,7 +60,7 @@ def param_groups(model: nn.Module, *, layer_decay: float | None = None) -> list[
         raise AdviceError("Nothing is left to train: every parameter has requires_grad=False.")
     plain = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if layer_decay is None or layer_decay == 1:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for n, p in named if p.ndim > 1 and n not in plain]},
             {"params": [p for n, p in named if p.ndim <= 1 or n in plain], "weight_decay": 0.0},
         ]
@@ -110,10 +110,12 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **fused)
     import timm.optim
 
-    names = {*timm.optim.list_optimizers(), *OWN}
+    theirs: Any = timm.optim
+
+    names = {*(str(n) for n in theirs.list_optimizers()), *OWN}
     if key not in names:
         raise unknown("optimizer", name, names)
-    made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+    made: torch.optim.Optimizer = theirs.create_optimizer_v2(
         groups, opt=key, lr=lr, weight_decay=weight_decay, momentum=momentum
     )
     return made

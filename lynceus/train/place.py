@@ -20,7 +20,8 @@ def accelerator_of(device: str, precision: str) -> Iterator[Any]:
 
     if device not in ("auto", "cpu"):
         kind = torch.device(device).type
-        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind, lambda: True)()
+        known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        there = known.get(kind, True)
         if not there:
             raise AdviceError(f"There is no {device} device here; use device='auto' (takes what there is) or 'cpu'.")
     before = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE")}

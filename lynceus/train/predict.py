@@ -74,7 +74,7 @@ def predict(
 
 def decode(subject: Subject, raw: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
     """By the task that the model was built with; without one, softmax over the subject's classes."""
-    task = getattr(subject.model, "task", None)
+    task: Any = getattr(subject.model, "task", None)
     if hasattr(task, "decode"):
         found: list[Prediction] = task.decode(raw, sizes)
         return found
@@ -115,7 +115,7 @@ def _as_sample(item: Any, index: int) -> Sample:
     if _is_pillow(item):
         return Sample(image=from_pillow(item), id=str(index))
     if isinstance(item, (str, os.PathLike)):
-        return Sample(image=read_image(item), id=str(item), path=str(item))
+        return Sample(image=read_image(Path(item)), id=str(item), path=str(item))
     image = to_image(item)
     if image.ndim != 3:
         raise AdviceError(

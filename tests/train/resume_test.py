@@ -90,13 +90,13 @@ def test_killed_while_views_are_made_per_sample(forked, tmp_path):
 
 @pytest.mark.slow
 def test_killed_fifteen_times(forked, tmp_path):
-    seen = kill_and_compare(forked, tmp_path, 15, "--steps", 2500, "--width", 64)
+    seen = kill_and_compare(forked, tmp_path, 15, "--steps", 1200, "--width", 64)
     assert len(set(seen)) > 10, seen
 
 
 @pytest.mark.slow
 def test_killed_ten_times_as_a_program(worker_file, tmp_path):
-    kill_and_compare(Program(worker_file), tmp_path, 10, "--steps", 1500)
+    kill_and_compare(Program(worker_file), tmp_path, 10, "--steps", 800)
 
 
 class Stopper:
