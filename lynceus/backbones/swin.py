@@ -271,7 +271,7 @@ def _variant(
 
 VARIANTS: dict[str, SwinConfig] = {
     "swin_nano": SwinConfig(
-        image_size=(32, 32), patch_size=2, embed_dim=48, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=4
+        image_size=(32, 32), patch_size=2, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=4
     ),
     "swin_tiny_patch4_window7_224": _variant(96, 6, 3, 0.2),
     "swin_small_patch4_window7_224": _variant(96, 18, 3, 0.3),
