@@ -48,7 +48,7 @@ def remember(key: str, mark: str, make: Callable[[], dict[str, np.ndarray]]) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, __mark__=np.array(mark), **arrays)
+            np.savez(file, __mark__=np.array(mark), **arrays)  # type: ignore[arg-type]
         os.replace(part, path)
     except OSError:
         pass

@@ -105,11 +105,12 @@ def box_counts(dataset: Dataset) -> dict[str, int]:
 def _look_at_pictures(dataset: Dataset, decode: bool, add: Any) -> None:
     seen: dict[bytes, int] = {}
     splits = dataset.splits
-    held = dataset.images is not None
+    images = dataset.images
+    held = images is not None
 
     def look(i: int) -> tuple[int, bytes | None, str, list[tuple[str, str]]]:
         try:
-            raw = dataset.images[i].numpy().tobytes() if held else dataset.raw(i)
+            raw = images[i].numpy().tobytes() if images is not None else dataset.raw(i)
             kinds = [] if held or not dataset.path(i) else _kinds(raw)
             if decode and not held:
                 dataset.source.read(int(dataset._rows[i]))
@@ -221,7 +222,7 @@ def _look_at_classes(dataset: Dataset, add: Any) -> None:
             lack = [c for k, c in enumerate(classes) if k not in have and (labels == k).any()]
             for name in lack:
                 add("class missing in split", f"{name} in {split}", "give every split pictures of every class")
-    count = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
-    if len(count) > 1 and count.min() > 0 and count.max() >= 20 * count.min():
-        text = f"{classes[int(count.argmax())]} {count.max()}, {classes[int(count.argmin())]} {count.min()}"
+    sizes = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
+    if len(sizes) > 1 and sizes.min() > 0 and sizes.max() >= 20 * sizes.min():
+        text = f"{classes[int(sizes.argmax())]} {sizes.max()}, {classes[int(sizes.argmin())]} {sizes.min()}"
         add("imbalance", text, "read per-class figures, not accuracy alone", remark=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from lynceus.data.sources import Chosen, Pixels, Source
 log = logging.getLogger("lynceus.data")
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset(torch.utils.data.Dataset[Sample]):
     """Pictures with labels known without decoding; index it for a `Sample`; `images` holds all when they are in memory.
 
     name: short, for tables. origin: the full path, or what else it was made of. classes: names by index.
@@ -74,14 +74,15 @@ class Dataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: SupportsIndex) -> Sample:
         """The sample at `index`. Raises UnreadableError, which names the file, when its picture cannot be decoded."""
-        n = len(self._rows)
-        if not -n <= index < n:
-            raise IndexError(f"{self.name} has {n} samples; there is no index {index}")
-        return self._sample(int(self._rows[index]), self._image(int(self._rows[index])))
+        n, at = len(self._rows), index.__index__()
+        if not -n <= at < n:
+            raise IndexError(f"{self.name} has {n} samples; there is no index {at}")
+        row = int(self._rows[at])
+        return self._sample(row, self._image(row))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def __getitems__(self, indices: Iterable[SupportsIndex]) -> list[Sample]:
         """The samples at `indices` without those that cannot be read; these are counted in `unreadable`.
 
         Raises AdviceError once more pictures were unreadable than `max_bad` allows.
@@ -111,11 +112,12 @@ class Dataset(torch.utils.data.Dataset):
         """Whether the pictures are in memory and nothing but labels is known about them, so that `batch` is quick."""
         return self._images is not None and not self.source.rich
 
-    def batch(self, indices: Sequence[int] | Int[Tensor, " b"]) -> Batch:
+    def batch(self, indices: Sequence[SupportsIndex] | Int[Tensor, " b"] | Int[np.ndarray, " b"]) -> Batch:
         """The samples at `indices` as one Batch, by indexing when the pictures are in memory."""
         if not self.plain:
             return collate(self.__getitems__([int(i) for i in indices]))
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        assert self._images is not None
         image = self._images[torch.from_numpy(rows)]
         label = None
         if self._multi is not None:
@@ -163,29 +165,30 @@ class Dataset(torch.utils.data.Dataset):
     def splits(self) -> np.ndarray | None:
         return None if self._splits is None else self._splits[self._rows]
 
-    def id(self, index: int) -> str:
-        return self.source.id(int(self._rows[index]))
+    def id(self, index: SupportsIndex) -> str:
+        return self.source.id(int(self._rows[index.__index__()]))
 
-    def path(self, index: int) -> str | None:
-        return self.source.path(int(self._rows[index]))
+    def path(self, index: SupportsIndex) -> str | None:
+        return self.source.path(int(self._rows[index.__index__()]))
 
-    def target(self, index: int, *, maps: bool = True) -> dict[str, Any]:
+    def target(self, index: SupportsIndex, *, maps: bool = True) -> dict[str, Any]:
         """Boxes, classes and the like of one sample without its picture; masks and segments too when `maps`."""
-        return self.source.target(int(self._rows[index]), maps=maps)
+        return self.source.target(int(self._rows[index.__index__()]), maps=maps)
 
-    def raw(self, index: int) -> bytes:
+    def raw(self, index: SupportsIndex) -> bytes:
         """The bytes of one picture as stored."""
-        return self.source.raw(int(self._rows[index]))
+        return self.source.raw(int(self._rows[index.__index__()]))
 
     def counts(self) -> dict[str, int]:
         """Samples per class name, in the order of the classes; "(no label)" last when there are any."""
-        if self.labels is None and self._multi is None:
+        labels, multi = self.labels, self.multilabels
+        if multi is not None:
+            return dict(zip(self.classes or map(str, range(multi.shape[1])), (int(v) for v in multi.sum(0))))
+        if labels is None:
             return {}
-        names = self.classes or [str(i) for i in range(int(self.labels.max(initial=-1)) + 1)]
-        if self._multi is not None:
-            return dict(zip(names, (int(v) for v in self.multilabels.sum(0))))
-        out = dict(zip(names, np.bincount(self.labels[self.labels >= 0], minlength=len(names)).tolist()))
-        none = int((self.labels < 0).sum())
+        names = self.classes or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+        out = dict(zip(names, np.bincount(labels[labels >= 0], minlength=len(names)).tolist()))
+        none = int((labels < 0).sum())
         return out | ({"(no label)": none} if none else {})
 
     def __repr__(self) -> str:
@@ -300,9 +303,10 @@ class Dataset(torch.utils.data.Dataset):
         digest.update(repr((len(self), self.classes)).encode())
         for values in (self.labels, self.multilabels):
             digest.update(b"-" if values is None else values.tobytes())
-        if self._images is not None:
-            digest.update(repr(tuple(self._images.shape[1:])).encode())
-            digest.update(self.images.numpy().tobytes())
+        images = self.images
+        if images is not None:
+            digest.update(repr(tuple(images.shape[1:])).encode())
+            digest.update(images.numpy().tobytes())
         elif content:
             for row in self._rows:
                 digest.update(hashlib.blake2b(self.source.raw(int(row)), digest_size=16).digest())

@@ -21,8 +21,8 @@ from torch import Tensor
 from lynceus.core.errors import AdviceError, MissingError
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp")
-    + (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif")
+    {*(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp")}
+    | {*(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif")}
 )
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def _open(source: Any, options: Options, layout: str | None, split: str | None) 
         if layout not in LAYOUTS:
             raise unknown("layout", layout, LAYOUTS)
         if layout in _READERS:
-            return _READERS[layout].read(path, options)
+            read: Callable[..., Dataset] = _READERS[layout].read
+            return read(path, options)
         return read_folder(path, max_bad=options.max_bad, labelled=False if layout == "flat" else None)
     return detect(path, options)
 
@@ -257,7 +258,7 @@ def load(dataset: Dataset, size: tuple[int, int] | None = None, *, mixed: Datase
     mixed: what to return instead of raising when the pictures turn out to differ in size.
     """
     images: Tensor | None = None
-    keep = []
+    keep: list[int] = []
     with progress(f"reading {dataset.name}", total=len(dataset), unit="images") as bar:
         for i in range(len(dataset)):
             try:
@@ -290,7 +291,7 @@ def load(dataset: Dataset, size: tuple[int, int] | None = None, *, mixed: Datase
 def _small(dataset: Dataset) -> bool:
     """Whether all pictures seem to have one small size and fit in memory, from a look at up to 64 headers."""
     sizes = set()
-    for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int)):
+    for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int).tolist()):
         try:
             path = dataset.path(i)
             sizes.add(image_size(path if path is not None else dataset.raw(i)))

@@ -138,7 +138,7 @@ def order(count: int, *, shuffle: bool, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
-class _Work(torch.utils.data.Dataset):
+class _Work(torch.utils.data.Dataset[Any]):
     """Makes one batch in whatever process it runs. Gives (batch or None, [(index, where, why) of the unreadable])."""
 
     def __init__(self, dataset: Dataset, transform: Callable[..., Any] | None, seed: int, epoch: int):

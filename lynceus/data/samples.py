@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,9 +105,10 @@ def sample(name: str) -> Sample:
             if path is None or not path.is_file():
                 raise missing_extra(package, "samples", use=f"The picture {name!r}")
             image = read_image(path)
-            extra = {"licence": names[name][1], "package": package}
-            if name == "motorcycle_left" and (folder / "motorcycle_disp.npz").is_file():
-                with np.load(folder / "motorcycle_disp.npz", allow_pickle=False) as stored:
+            extra: dict[str, Any] = {"licence": names[name][1], "package": package}
+            disparity = path.parent / "motorcycle_disp.npz"
+            if name == "motorcycle_left" and disparity.is_file():
+                with np.load(disparity, allow_pickle=False) as stored:
                     extra["disparity"] = torch.from_numpy(stored["arr_0"].astype(np.float32))
             return Sample(image=image, id=name, path=str(path), extra=extra)
     known = [*ALIASES, *(n for _, _, names in _PLACES.values() for n in names)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +14,7 @@ from torch import Tensor
 from lynceus.data.decode import UnreadableError, image_size, read_image
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where pictures come from. Rows are 0 .. len - 1; `read` raises UnreadableError, the others never decode."""
 
@@ -32,6 +33,7 @@ class Source(Protocol):
     def stamp(self, row: int) -> str: ...  # a cheap mark of the content, the same on every machine
 
 
+@runtime_checkable
 class Targets(Protocol):
     """What is known about the rows of a source besides labels, e.g. `lynceus.data.boxes.Annotations`."""
 
@@ -101,7 +103,7 @@ class Blobs:
         value = value.as_py() if hasattr(value, "as_py") else value
         if value is None:
             raise UnreadableError(f"{self.where}, row {row}", "there is neither a picture nor a path in it")
-        return value
+        return bytes(value)
 
     def read(self, row: int) -> Tensor:
         return read_image(self.raw(row), name=f"{self.where}, {self.ids[row]}")

@@ -132,7 +132,9 @@ def _read_npz(path: Path, options: Options) -> Dataset:
                     f"{', '.join(names)}. Say which with "
                     'columns={"image": NAME, "label": NAME}.'
                 )
-            parts.append(("", _member(stored, x, path), _member(stored, y, path) if y in names else None))
+            parts.append(
+                ("", _member(stored, x, path), _member(stored, y, path) if y is not None and y in names else None)
+            )
         classes = [str(c) for c in _member(stored, "classes", path)] if "classes" in names else None
     return _dataset(parts, path, classes)
 

@@ -19,7 +19,7 @@ from lynceus.data.boxes import Annotations, encode_rle
 from lynceus.data.dataset import Dataset
 from lynceus.data.folder import ending, inner_folders
 from lynceus.data.formats.options import Options
-from lynceus.data.formats.write import fresh, save_picture, write_text
+from lynceus.data.formats.write import boxes_of, fresh, save_picture, write_text
 from lynceus.data.sources import Files
 
 NEEDED = ("images", "annotations", "categories")
@@ -215,10 +215,10 @@ def write(dataset: Dataset, folder: Path) -> None:
         name = save_picture(sample, folder / "images", i)
         h, w = sample.image.shape[-2:]
         record["images"].append({"id": i + 1, "file_name": name, "height": h, "width": w})
-        for k in range(0 if sample.boxes is None else len(sample.boxes)):
+        for k, (corners, cls) in enumerate(boxes_of(sample)):
             count += 1
-            x1, y1, x2, y2 = (float(v) for v in sample.boxes[k])
-            a: dict[str, Any] = {"id": count, "image_id": i + 1, "category_id": ids[int(sample.classes[k])]}
+            x1, y1, x2, y2 = corners
+            a: dict[str, Any] = {"id": count, "image_id": i + 1, "category_id": ids[cls]}
             a |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
             polygons = sample.extra.get("polygons")
             if polygons is not None and polygons[k]:

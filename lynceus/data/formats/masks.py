@@ -22,7 +22,7 @@ from lynceus.data.dataset import Dataset
 from lynceus.data.decode import UnreadableError
 from lynceus.data.folder import Entry, drop_empty, scan
 from lynceus.data.formats.options import Options
-from lynceus.data.formats.write import fresh, save_picture, write_text
+from lynceus.data.formats.write import boxes_of, fresh, save_picture, write_text
 from lynceus.data.sources import Chosen, Files
 
 PICTURES = ("images", "image", "imgs", "img", "JPEGImages", "leftImg8bit")
@@ -212,13 +212,13 @@ def write(dataset: Dataset, folder: Path) -> None:
             ids = sample.segments.numpy()
         else:
             ids, drawn = np.zeros((h, w), dtype=np.int64), True
-            for k in range(0 if sample.boxes is None else len(sample.boxes)):
+            for k, (corners, cls) in enumerate(boxes_of(sample)):
                 if sample.masks is not None:
                     inside = sample.masks[k].numpy()
                 else:
-                    x1, y1, x2, y2 = (float(v) for v in sample.boxes[k])
+                    x1, y1, x2, y2 = corners
                     inside = fill([np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])], (h, w)).numpy()
-                ids[inside] = int(sample.classes[k]) + 1
+                ids[inside] = cls + 1
         (folder / "masks" / inner).mkdir(parents=True, exist_ok=True)
         Image.fromarray(ids.astype(np.uint8 if ids.max(initial=0) < 256 else np.uint16)).save(
             folder / "masks" / inner / name

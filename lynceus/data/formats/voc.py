@@ -20,7 +20,7 @@ from lynceus.data.boxes import Annotations
 from lynceus.data.dataset import Dataset
 from lynceus.data.folder import scan
 from lynceus.data.formats.options import Options
-from lynceus.data.formats.write import fresh, save_picture, write_text
+from lynceus.data.formats.write import boxes_of, fresh, save_picture, write_text
 from lynceus.data.sources import Files
 
 CLASSES = (
@@ -130,8 +130,8 @@ def _index(root: Path, names: list[str]) -> dict[str, np.ndarray]:
     out = Annotations()
     for _, shape, objects in records:
         out.row(shape)
-        for box, cls, flags in objects:
-            out.add(box, position[cls], difficult=flags[0], truncated=flags[1])
+        for corners, cls, flags in objects:
+            out.add(corners, position[cls], difficult=flags[0], truncated=flags[1])
     return out.finish().arrays() | {
         "names": cache.pack(r[0] for r in records),
         "classes_names": cache.pack(classes),
@@ -151,13 +151,13 @@ def write(dataset: Dataset, folder: Path) -> None:
         h, w = sample.image.shape[-2:]
         lines = ["<annotation>", f"  <filename>{escape(name)}</filename>"]
         lines += [f"  <size><width>{w}</width><height>{h}</height><depth>3</depth></size>"]
-        for k in range(0 if sample.boxes is None else len(sample.boxes)):
-            x1, y1, x2, y2 = (float(v) for v in sample.boxes[k])
+        for k, (corners, cls) in enumerate(boxes_of(sample)):
+            x1, y1, x2, y2 = corners
             flags = "".join(
                 f"<{f}>{int(sample.extra[f][k])}</{f}>" for f in ("difficult", "truncated") if f in sample.extra
             )
             lines.append(
-                f"  <object><name>{escape((dataset.classes or [])[int(sample.classes[k])])}</name>{flags}<bndbox>"
+                f"  <object><name>{escape((dataset.classes or [])[cls])}</name>{flags}<bndbox>"
                 f"<xmin>{x1 + 1:.6g}</xmin><ymin>{y1 + 1:.6g}</ymin><xmax>{x2:.6g}</xmax><ymax>{y2:.6g}</ymax>"
                 "</bndbox></object>"
             )

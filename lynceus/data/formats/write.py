@@ -37,3 +37,10 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def boxes_of(sample: Sample) -> list[tuple[list[float], int]]:
+    """(x1, y1, x2, y2) and class index of each box of the sample."""
+    if sample.boxes is None or sample.classes is None:
+        return []
+    return list(zip(sample.boxes.tolist(), sample.classes.tolist()))

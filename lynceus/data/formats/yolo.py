@@ -19,7 +19,7 @@ from lynceus.data.boxes import Annotations
 from lynceus.data.dataset import Dataset
 from lynceus.data.folder import Entry, drop_empty, ending, scan
 from lynceus.data.formats.options import Options
-from lynceus.data.formats.write import fresh, save_picture, write_text
+from lynceus.data.formats.write import boxes_of, fresh, save_picture, write_text
 from lynceus.data.sources import Files
 
 SPLITS = ("train", "val", "test")
@@ -117,7 +117,7 @@ def _read_yaml(file: Path) -> tuple[list[str], tuple[int, int] | None, list[tupl
     if "nc" in record and record["nc"] != len(names):
         raise AdviceError(f"{file}: nc is {record['nc']}, but names has {len(names)} entries. Correct one of them.")
     base = Path(os.path.normpath(file.parent / str(record.get("path") or ".").replace("\\", "/")))
-    places = []
+    places: list[tuple[str, Path]] = []
     for split in SPLITS:
         given = record.get(split)
         for text in given if isinstance(given, list) else [given] if given else []:
@@ -265,13 +265,13 @@ def write(dataset: Dataset, folder: Path) -> None:
         h, w = sample.image.shape[-2:]
         polygons = sample.extra.get("polygons")
         lines = []
-        for k in range(0 if sample.boxes is None else len(sample.boxes)):
+        for k, (corners, cls) in enumerate(boxes_of(sample)):
             if polygons is not None and len(polygons[k]) == 1:
                 numbers = (polygons[k][0].double().numpy() / [w, h]).reshape(-1).clip(0, 1)
             else:
-                x1, y1, x2, y2 = (float(v) for v in sample.boxes[k])
+                x1, y1, x2, y2 = corners
                 numbers = np.array([(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h])
-            lines.append(f"{int(sample.classes[k])} " + " ".join(f"{v:.8f}" for v in numbers))
+            lines.append(f"{cls} " + " ".join(f"{v:.8f}" for v in numbers))
         if lines:
             write_text(folder / "labels" / split / f"{os.path.splitext(name)[0]}.txt", "\n".join(lines) + "\n")
     present = list(dict.fromkeys(str(s) for s in splits))

@@ -82,7 +82,8 @@ def _sprites(rng: np.random.Generator, index: int, *, size: int, objects: tuple[
     for k in range(wanted):
         kind, scale, angle = int(rng.integers(len(KINDS))), rng.uniform(0.1, 0.2), rng.uniform(0, 2 * np.pi)
         place, colour = rng.uniform(scale, 1 - scale, 2), vivid(rng)
-        inside = outline(KINDS[kind], *(place * size), scale * size, angle, (size, size))
+        cy, cx = (place * size).tolist()
+        inside = outline(KINDS[kind], cy, cx, scale * size, angle, (size, size))
         image[inside], owner[inside] = colour, k + 1
         for name, value in zip(made, (kind, place, scale, angle, colour / 255)):
             made[name].append(value)

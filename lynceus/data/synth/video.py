@@ -37,7 +37,8 @@ def _video(rng: np.random.Generator, index: int, *, size: int, frames: int, obje
     places = [_bounce(start + t * velocity, radius[:, None], size) for t in range(frames)]
     for t in range(frames):
         for k in range(number):
-            inside = outline(KINDS[kinds[k]], *places[t][k], radius[k], angles[k], (size, size))
+            cy, cx = places[t][k].tolist()
+            inside = outline(KINDS[kinds[k]], cy, cx, float(radius[k]), float(angles[k]), (size, size))
             video[t][inside], owner[t][inside] = colours[k], k + 1
     flow = np.zeros((2, size, size), dtype=np.float32)
     if frames > 1:
