@@ -197,8 +197,8 @@ def test_unlabelled_and_single_class_data_advise():
     same = data.open((np.random.default_rng(0).random((9, 8, 8, 3)) * 255).astype(np.uint8), labels=np.zeros(9, int))
     with pytest.raises(AdviceError, match="single class"):
         KNN()(baseline("HOG"), same)
+    multi = Features(vectors=vectors, labels=np.ones((9, 2), np.float32))
     with pytest.raises(AdviceError, match="multi-hot"):
-        multi = Features(vectors=vectors, labels=np.ones((9, 2), np.float32))
         Logistic().on(multi, multi)
     with pytest.raises(AdviceError, match="plain function"):
         KNN()(Subject(lambda x: x.mean((2, 3))), same)

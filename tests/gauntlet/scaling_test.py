@@ -1,6 +1,7 @@
 """Laws on curves drawn from them, subsets, noise, tails, and a study that is killed and goes on."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -212,7 +213,7 @@ KILLED = """
     from lynceus.gauntlet.scaling import ScalingConfig, learning_curve
 
     def cell(capacity, part, budget, seed):
-        time.sleep(0.15)
+        time.sleep(0.1)
         return {"accuracy": 0.1 + 0.1 * np.log10(len(part.labels)), "train_loss": 0.1}
 
     config = ScalingConfig(sizes=(20, 40, 80, 160), capacities=("a", "b"), cosine=0, draws=20)
@@ -221,12 +222,12 @@ KILLED = """
 """
 
 
-def test_a_killed_study_goes_on_where_it_was(tmp_path):
+def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     script = tmp_path / "study.py"
     script.write_text(textwrap.dedent(KILLED))
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, str(script), str(out)], stdout=subprocess.DEVNULL)
-    for _ in range(600):
+    for _ in range(1200):
         if len(list(out.glob("cells/*.json"))) >= 5:
             break
         time.sleep(0.1)
@@ -234,13 +235,15 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     process.wait()
     done = len(list(out.glob("cells/*.json")))
     assert 5 <= done < 24
-    resumed = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True, check=True).stdout
-    straight = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "straight")], capture_output=True, text=True, check=True
-    ).stdout
-    assert resumed.split(" ", 1)[0] == str(24 - done)
-    assert straight.split(" ", 1)[0] == "24"
-    assert resumed.split(" ", 1)[1] == straight.split(" ", 1)[1]
+    text = []
+    for folder in (out, tmp_path / "straight"):
+        monkeypatch.setattr(sys, "argv", [str(script), str(folder)])
+        runpy.run_path(str(script))
+        text.append(capsys.readouterr().out.split(" ", 1))
+    (resumed, found), (straight, wanted) = text
+    assert resumed == str(24 - done)
+    assert straight == "24"
+    assert found == wanted
 
 
 def test_training_from_scratch_is_repeatable_and_learns():
