@@ -21,20 +21,15 @@ from lynceus.core.rng import generator
 from lynceus.core.subject import Subject
 from lynceus.core.types import as_float
 from lynceus.gauntlet.features import FeatureBank
+from lynceus.gauntlet.ranking import ranking_metrics
 
 
-def ranked(relevant: Bool[np.ndarray, "q n"]) -> dict[str, float]:
+def _means(relevant: Bool[np.ndarray, "q n"]) -> dict[str, float]:
     """mAP, MRR and P@1, P@5, P@10 of relevance lists, best match first. Lists without a positive are left out."""
-    relevant = relevant[relevant.any(1)]
-    if not len(relevant):
+    means, _ = ranking_metrics(relevant.astype(np.int64))
+    if not means["queries"]:
         raise AdviceError("No query has a positive; nothing can be found.")
-    place = np.arange(1, relevant.shape[1] + 1)
-    precision = relevant.cumsum(1) / place
-    out = {
-        "mAP": float(((precision * relevant).sum(1) / relevant.sum(1)).mean()),
-        "MRR": float((1 / (relevant.argmax(1) + 1)).mean()),
-    }
-    return out | {f"P@{k}": float(precision[:, min(k, relevant.shape[1]) - 1].mean()) for k in (1, 5, 10)}
+    return {k: means[k] for k in ("mAP", "MRR", "P@1", "P@5", "P@10")}
 
 
 def class_ranking(
@@ -47,7 +42,7 @@ def class_ranking(
     for rows, mine in zip(a.split(512), np.array_split(np.asarray(labels), np.arange(512, len(a), 512))):
         order = (rows @ b.T).argsort(dim=1, descending=True, stable=True).numpy()
         parts.append(np.asarray(base_labels)[order] == mine[:, None])
-    return ranked(np.concatenate(parts))
+    return _means(np.concatenate(parts))
 
 
 # ---- attacks: uint8 (3, h, w) -> uint8 (3, h', w') -------------------------------------------------------------------
@@ -156,6 +151,6 @@ def copy_detection(
         order = (query @ base.T).argsort(dim=1, descending=True, stable=True)
         relevant = (order == torch.arange(len(base))[:, None]).numpy()
         found.append(relevant)
-        out[f"copies MRR, {name}"] = ranked(relevant)["MRR"]
-    every = ranked(np.concatenate(found))
+        out[f"copies MRR, {name}"] = _means(relevant)["MRR"]
+    every = _means(np.concatenate(found))
     return {"copies mAP": every["mAP"], "copies MRR": every["MRR"]} | out

@@ -301,21 +301,22 @@ def test_baselines_are_the_functions_they_say():
     assert np.corrcoef(want, baselines.hog(x)[0].numpy())[0, 1] > 0.8  # its votes are not shared between bins
 
 
-def test_ranked_metrics_equal_a_direct_reference():
+def test_class_retrieval_equals_a_direct_count():
     rng = np.random.default_rng(0)
-    relevant = rng.random((40, 25)) < 0.15
-    relevant[3] = False
-    got = copies.ranked(relevant)
+    base, query = rng.standard_normal((60, 5)), rng.standard_normal((30, 5))
+    known, asked = rng.integers(0, 4, 60), rng.integers(0, 5, 30)  # class 4 has no picture to find
+    got = copies.class_ranking(base, known, query, asked)
     ap, rr = [], []
-    for row in relevant:
-        hits = [k + 1 for k, r in enumerate(row) if r]
+    for q, label in zip(query / np.linalg.norm(query, axis=1)[:, None], asked):
+        order = np.argsort(-(base / np.linalg.norm(base, axis=1)[:, None]) @ q, kind="stable")
+        hits = [k + 1 for k, i in enumerate(order) if known[i] == label]
         if hits:
             ap.append(sum((i + 1) / k for i, k in enumerate(hits)) / len(hits))
             rr.append(1 / hits[0])
     assert got["mAP"] == pytest.approx(np.mean(ap), abs=1e-12)
     assert got["MRR"] == pytest.approx(np.mean(rr), abs=1e-12)
-    with pytest.raises(AdviceError):
-        copies.ranked(np.zeros((3, 4), bool))
+    with pytest.raises(AdviceError, match="positive"):
+        copies.class_ranking(base, known, query, np.full(30, 9))
 
 
 def test_copies_of_photographs_are_found(imagenet_jpegs):
