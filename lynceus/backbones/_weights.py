@@ -34,7 +34,8 @@ def load_weights(
     value, or an entry no place, nothing is loaded and the AdviceError holds the account.
     head: "drop" leaves the classifier as initialised and ignores the file's. entry: which weights of a file that holds
     several ("model_ema"). resize: position tables of another size are resized. ignore: patterns of the file's names
-    that may find no place; the account's text also stays on the model as `weights_account`. account: an Account to fill in, for callers that need it even when loading fails.
+    that may find no place. account: an Account to fill in, for callers that need it even when loading fails.
+    The text of the account also stays on the model, as `weights_account`.
     """
     if head not in ("strict", "drop"):
         raise unknown("head", str(head), ["strict", "drop"])

@@ -40,8 +40,11 @@ def image(shape: Sequence[int], seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(tuple(int(n) for n in shape))
 
 
-def fingerprint(array: Any, count: int = COUNT) -> dict[str, Any]:
-    """{"shape", "mean", "std", "values"}: `values` are `count` evenly spaced entries, rounded to 9 digits."""
+def fingerprint(array: Any, count: int = COUNT, *, exact: bool = False) -> dict[str, Any]:
+    """{"shape", "mean", "std", "values"}: `values` are `count` evenly spaced entries.
+
+    They are rounded to 9 significant digits, as records hold them, unless `exact`.
+    """
     array = np.asarray(array, dtype=np.float64)
     flat = array.reshape(-1)
     at = picks(flat.size, count)
@@ -49,7 +52,7 @@ def fingerprint(array: Any, count: int = COUNT) -> dict[str, Any]:
         "shape": [int(n) for n in array.shape],
         "mean": float(flat.mean()) if flat.size else 0.0,
         "std": float(flat.std()) if flat.size else 0.0,
-        "values": [float(f"{v:.9g}") for v in flat[at]],
+        "values": [float(v) if exact else float(f"{v:.9g}") for v in flat[at]],
     }
 
 
