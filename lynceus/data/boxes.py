@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Annotations:
 
     def __init__(self, *, relative: bool = False):
         self.relative = relative
-        self._boxes: list[Sequence[float]] = []
+        self._boxes: list[Sequence[SupportsFloat]] = []
         self._classes: list[int] = []
         self._starts = [0]
         self._sizes: list[tuple[int, int]] = []
@@ -44,7 +44,7 @@ class Annotations:
 
     def add(
         self,
-        box: Sequence[float],
+        box: Sequence[SupportsFloat],
         cls: int,
         *,
         polygons: Sequence[np.ndarray] = (),

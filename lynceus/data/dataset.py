@@ -46,7 +46,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         labels: Any = None,
         multilabels: Any = None,
         splits: Any = None,
-        max_bad: float = 0.05,
+        max_bad: int | float = 0.05,
         layout: str = "",
         notes: Sequence[str] = (),
         inverse: Mapping[int, Any] | None = None,

@@ -87,7 +87,7 @@ def _decode(raw: bytes, where: str) -> Tensor:
         return _decode_pillow(raw, where)
     try:
         # bytearray: torch warns about read-only memory otherwise, and the copy is cheap beside the decoding
-        image = operator(torch.frombuffer(bytearray(raw), dtype=torch.uint8), _RGB, True)
+        image: Tensor = operator(torch.frombuffer(bytearray(raw), dtype=torch.uint8), _RGB, True)
     except RuntimeError as error:
         why = str(error).split(", ")[-1].splitlines()[0].rstrip(". ")
         if "truncated" in why or "bound" in why:

@@ -50,7 +50,7 @@ def open_dataset(
     size: int | tuple[int, int] | None = None,
     in_memory: bool | None = None,
     limit: int | None = None,
-    max_bad: float = 0.05,
+    max_bad: int | float = 0.05,
     layout: str | None = None,
 ) -> Dataset:
     """Opens pictures in whatever form they are. Nothing is downloaded.
@@ -112,7 +112,8 @@ def detect(path: Path, options: Options) -> Dataset:
         return read_paths([path], max_bad=options.max_bad, name=path.stem)
     for _, reader in _LOOKS:
         if reader.detect(path):
-            return reader.read(path, options)
+            found: Dataset = reader.read(path, options)
+            return found
     if path.is_file():
         if csv_table.detect(path):
             return csv_table.read(path, options)

@@ -85,7 +85,7 @@ def class_folders(root: Path) -> bool:
     return False
 
 
-def read_folder(root: Path, *, max_bad: float = 0.05, labelled: bool | None = None) -> Dataset:
+def read_folder(root: Path, *, max_bad: int | float = 0.05, labelled: bool | None = None) -> Dataset:
     """An image folder. labelled: None decides by whether pictures lie in class folders.
 
     Raises AdviceError for a folder without pictures, with one class only, or with its class folders a level too deep.
@@ -196,7 +196,7 @@ def _single(root: Path, name: str, empty: list[str], parts: list[list[str]], dep
     )
 
 
-def read_paths(paths: Sequence[str | Path], *, max_bad: float = 0.05, name: str = "pictures") -> Dataset:
+def read_paths(paths: Sequence[str | Path], *, max_bad: int | float = 0.05, name: str = "pictures") -> Dataset:
     """Pictures given one by one, without labels. Raises MissingError naming the first that is not there."""
     if not paths:
         raise AdviceError("The list of pictures is empty.")

@@ -101,7 +101,8 @@ def _picture(image: Tensor, window: tuple[int, int, int, int], size: tuple[int, 
     top, left, height, width = window
     inside = top >= 0 and left >= 0 and top + height <= image.shape[-2] and left + width <= image.shape[-1]
     if not inside:
-        return F.resized_crop(image, *window, list(size), antialias=True)
+        moved: Tensor = F.resized_crop(image, *window, list(size), antialias=True)
+        return moved
     cut = image[:, top : top + height, left : left + width]
     if (height, width) == tuple(size):
         return cut
@@ -110,10 +111,11 @@ def _picture(image: Tensor, window: tuple[int, int, int, int], size: tuple[int, 
 
 
 def _nearest(maps: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    return F.resized_crop(maps, *window, list(size), interpolation=InterpolationMode.NEAREST, antialias=False)
+    moved: Tensor = F.resized_crop(maps, *window, list(size), interpolation=InterpolationMode.NEAREST, antialias=False)
+    return moved
 
 
-def _outside(values: Tensor, window: tuple[int, int, int, int], size: tuple[int, int], fill: float) -> Tensor:
+def _outside(values: Tensor, window: tuple[int, int, int, int], size: tuple[int, int], fill: int | float) -> Tensor:
     top, left, height, width = window
     h, w = values.shape
     out = _nearest(values[None], window, size)[0]

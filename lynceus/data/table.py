@@ -35,7 +35,7 @@ def read_parquet(
     origin: str,
     splits: Sequence[str] | None = None,
     columns: dict[str, str] | None = None,
-    max_bad: float = 0.05,
+    max_bad: int | float = 0.05,
 ) -> Dataset:
     """One dataset from parquet files of one schema. columns, for unusual names: {"image": ..., "label": ...}."""
     import pyarrow as pa
@@ -64,7 +64,7 @@ def from_table(
     origin: str,
     splits: Sequence[str] | None = None,
     columns: dict[str, str] | None = None,
-    max_bad: float = 0.05,
+    max_bad: int | float = 0.05,
     base: Path | None = None,
 ) -> Dataset:
     """A dataset from an arrow table with a column of pictures and, if there is one, a column of labels."""

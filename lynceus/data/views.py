@@ -157,9 +157,10 @@ def _affine(
     image: Tensor, *, angle: float = 0.0, x: float = 0.0, y: float = 0.0, sx: float = 0.0, sy: float = 0.0
 ) -> Tensor:
     shift = [round(x * image.shape[-1]), round(y * image.shape[-2])]
-    return F.affine(
+    moved: Tensor = F.affine(
         image, angle=angle, translate=shift, scale=1.0, shear=[math.degrees(sx), math.degrees(sy)], fill=[127]
     )
+    return moved
 
 
 _Operation = Callable[[Tensor, float, float], Tensor]

@@ -141,12 +141,13 @@ def _read_npz(path: Path, options: Options) -> Dataset:
 
 def _member(stored: Any, name: str, path: Path) -> np.ndarray:
     try:
-        return stored[name]
+        values: np.ndarray = stored[name]
     except ValueError:
         raise AdviceError(
             f"{path}: {name} holds Python objects, which could run code when read, so it is refused. "
             f"Save plain numbers."
         ) from None
+    return values
 
 
 def _idx(path: Path) -> np.ndarray:

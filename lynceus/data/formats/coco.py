@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _split(file: Path) -> str:
 
 
 def _read_files(files: list[Path], name: str, origin: Path, options: Options) -> Dataset:
-    indices = [cache.remember(f"coco {f}", cache.file_stamp(f), lambda f=f: _index(f)) for f in files]
+    indices = [cache.remember(f"coco {f}", cache.file_stamp(f), partial(_index, f)) for f in files]
     categories = [json.loads(i["categories"].tobytes()) for i in indices]
     if any(c != categories[0] for c in categories):
         here, there = (

@@ -13,4 +13,4 @@ class Options:
 
     labels: Any = None
     columns: Mapping[str, str] = field(default_factory=dict)
-    max_bad: float = 0.05
+    max_bad: int | float = 0.05

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Members:
 
 def read(path: Path, options: Options) -> Dataset:
     files = expand(path)
-    arrays = [cache.remember(f"shard {f}", cache.file_stamp(f), lambda f=f: _index(f)) for f in files]
+    arrays = [cache.remember(f"shard {f}", cache.file_stamp(f), partial(_index, f)) for f in files]
     keys = [k for a in arrays for k in cache.unpack(a["keys"])]
     if not keys:
         raise AdviceError(f"{path} holds no sample with a picture.")

@@ -51,10 +51,12 @@ def _planes(rng: np.random.Generator, index: int, *, size: int, planes: tuple[in
 def _plane(rng: np.random.Generator, metres: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Inverse depth of a plane `metres` away at the centre, within 1 .. 20 metres."""
     tilt_x, tilt_y = rng.uniform(-0.5, 0.5, 2)
-    return ((1 + tilt_x * x + tilt_y * y) / metres).clip(1 / 20, 1)
+    out: np.ndarray = ((1 + tilt_x * x + tilt_y * y) / metres).clip(1 / 20, 1)
+    return out
 
 
 def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.06, 0.25)
     wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)
-    return vivid(rng).astype(np.float32) * (0.75 + 0.25 * np.sign(wave))[..., None]
+    out: np.ndarray = vivid(rng).astype(np.float32) * (0.75 + 0.25 * np.sign(wave))[..., None]
+    return out

@@ -107,7 +107,8 @@ def ground(rng: np.random.Generator, size: tuple[int, int]) -> UInt8[np.ndarray,
     share = (x * np.cos(angle) / size[1] + y * np.sin(angle) / size[0])[..., None] % 1.0
     low, high = rng.uniform(0, 110, (2, 3))
     values = low * (1 - share) + high * share + rng.normal(0, 6, (*size, 3))
-    return values.clip(0, 255).astype(np.uint8)
+    pixels: np.ndarray = values.clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def vivid(rng: np.random.Generator) -> UInt8[np.ndarray, " 3"]:

@@ -59,4 +59,5 @@ def _bounce(place: np.ndarray, radius: np.ndarray, size: int) -> np.ndarray:
     """Places folded back into the picture as if the border were a mirror."""
     room = size - 2 * radius
     folded = np.mod(place - radius, 2 * room)
-    return radius + np.where(folded > room, 2 * room - folded, folded)
+    out: np.ndarray = radius + np.where(folded > room, 2 * room - folded, folded)
+    return out
