@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="CIFAR-10 as a parquet file or an image folder")
     parser.add_argument("--out", default="runs/scaling")
-    parser.add_argument("--small", action="store_true", help="200 to 6400 images, one extra budget point less")
+    parser.add_argument("--small", action="store_true", help="200 to 6400 images instead of 25600")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--longer", action="store_true", help="also 4x the updates for the largest sizes")

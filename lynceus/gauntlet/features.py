@@ -33,11 +33,11 @@ Pool = Literal["mean", "max", "flat"]
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Vectors of a data set, float32 (n, c), with what is known about them.
+    """Vectors of a data set, float32 (n, c), or (n, v, c) with v views per image, and what is known about them.
 
     labels: (n,) int64 class indices, (n, k) float multi-hot, or None. key: which model and layer they come from."""
 
-    vectors: Float[np.ndarray, "n c"]
+    vectors: Float[np.ndarray, "n ... c"]
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
     name: str = "features"
