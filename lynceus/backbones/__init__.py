@@ -32,18 +32,22 @@ def create_model(
     if name.startswith("timm:"):
         from lynceus.backbones.from_timm import create_timm
 
-        model: Backbone = create_timm(name.removeprefix("timm:"), num_classes=num_classes, in_chans=in_chans, changes=changes)
+        model: Backbone = create_timm(
+            name.removeprefix("timm:"), num_classes=num_classes, in_chans=in_chans, changes=changes
+        )
     else:
         check_name(name)
         table = variants()
         module = family_module(table[name])
         config = changed(
-            module.VARIANTS[name], {**changes, "num_classes": num_classes, "in_chans": in_chans}, kind=f"{table[name]} config"
+            module.VARIANTS[name],
+            {**changes, "num_classes": num_classes, "in_chans": in_chans},
+            kind=f"{table[name]} config",
         )
         model = module.build(config)
         model.name = name
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(getattr(model, "model", model) if name.startswith("timm:") else model, weights)
     return model.eval()
 
 
@@ -59,4 +63,6 @@ def check_name(name: str) -> None:
 
         check_timm(name.removeprefix("timm:"))
     elif name not in variants():
-        raise unknown("model", name, variants(), how="lynceus.list_models('*') lists all; 'timm:NAME' takes any of timm.")
+        raise unknown(
+            "model", name, variants(), how="lynceus.list_models('*') lists all; 'timm:NAME' takes any of timm."
+        )

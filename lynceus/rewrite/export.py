@@ -227,7 +227,8 @@ def _short(error: Exception) -> str:
     """The line of torch's message that says what happened."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"guard|specialized|constant|not support|Could not", line)]
-    return f"{type(error).__name__}: {(telling or lines or ['no message'])[0][:240]}"
+    said = (telling or lines or ["no message"])[0].partition(". ")[0]
+    return f"{type(error).__name__}: {said[:240]}"
 
 
 # writing -----------------------------------------------------------------------------------------

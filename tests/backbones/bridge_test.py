@@ -4,6 +4,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 
@@ -207,6 +208,18 @@ def test_a_wrapped_model_computes_what_timm_computes():
     assert torch.equal(listened[0], theirs.forward_features(image))
     assert [m.shape[1] for m in listened[1]] == [s.channels for s in model.stages]
     assert len(model.mean) == len(model.std) == 1
+
+
+def test_weights_of_timm_and_of_ours_load_into_a_wrapped_model(tmp_path):
+    theirs = timm.create_model("resnet10t", num_classes=3).eval()
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+    image = torch.rand(1, 3, 64, 64)
+    model = create_model("timm:resnet10t", num_classes=3, weights=tmp_path / "theirs.safetensors")
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    again = create_model("timm:resnet10t", num_classes=3, weights=tmp_path / "ours.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(image), theirs(image))
+        assert torch.equal(again(image), theirs(image))
 
 
 def test_free_sizes_equal_timm_at_its_own_size():
