@@ -170,7 +170,7 @@ def selection(c: Context) -> dict[str, float]:
     out["same crop"] = float(same.double().mean())
     count = n - side + 1
     out["promised, all shifts"] = cs.probability_all(count, r)
-    out["promised, one axis"] = cs.probability_axis(count, r)
+    out["promised, single moves"] = sum(cs.probability_shift(count, m) for m in moves) / len(moves)
     draw = generator(c.seed, "random crops")
     right = []
     for _ in range(5):
@@ -217,7 +217,7 @@ STATIONS: dict[str, Station] = {
     "shift": Station(run=consistency, group="shift", modes=BOTH),
     "ood": Station(run=out_of_distribution, group="out of distribution", modes=BOTH),
     "fine-tune": Station(run=fine_tune, group="fine-tune", modes=("frozen",)),
-    "crop-selection": Station(run=selection, group="", modes=("scratch",)),
+    "crop-selection": Station(run=selection, group="", modes=("scratch",), version=2),
     "cost": Station(run=counted, group="", modes=BOTH),
     "latency": Station(run=timed, group="", modes=BOTH, noisy=True),
 }

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from lynceus.gauntlet.run import GauntletConfig
 
 MAIN = {"scratch": "accuracy", "frozen": "logistic"}  # the metric that the answer compares
+SELECTED = (  # of the crop-selection station; the rest is in the notes and in the cells
+    "selected: realistic consistency",
+    "selected: certified",
+    "selected: accuracy",
+    "cyclic selected: cyclic consistency",
+)
 
 
 def by_seed(cells: Sequence[dict[str, Any]], *, ranked: bool = True) -> dict[int, dict[str, dict[str, float]]]:
@@ -84,11 +90,8 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
         if config.mode == "scratch":
             shown = ["calibration error", "realistic consistency", "cyclic consistency", "params", "MACs"]
         row |= {m: here[m] for m in shown if m in here}
-        row |= {
-            m: v
-            for m, v in here.items()
-            if m.startswith("ms, ") or ": " in m or m.startswith(("promised", "same crop"))
-        }
+        row |= {m: here[m] for m in SELECTED if m in here}
+        row |= {m: v for m, v in here.items() if m.startswith("ms, ")}
         row["cells"] = (
             int(ranking.counts[ranking.subjects.index(name)]) if ranking and name in ranking.subjects else len(here)
         )
@@ -215,7 +218,7 @@ def crop_notes(order: Sequence[str], mean: dict[str, dict[str, float]], radius: 
             f"{radius} px (plain centre crop {share['plain: realistic consistency']}); "
             f"{share['selected: realistic adversarial']} all moves (plain {share['plain: realistic adversarial']}). "
             f"The same crop is chosen in {share['same crop']} of moves; scores that are uniform would promise "
-            f"{share['promised, one axis']} along an axis, {share['promised, all shifts']} for all moves at once, and "
+            f"{share['promised, single moves']} of single moves, {share['promised, all shifts']} for all at once, and "
             f"{share.get('selected: certified', 'none')} of these images are certified. Rolled pictures: "
             f"{share['cyclic selected: cyclic consistency']} (plain {share['plain: cyclic consistency']}). Accuracy "
             f"{share['selected: accuracy']}, cyclic {share['cyclic selected: accuracy']}, plain "
