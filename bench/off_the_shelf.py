@@ -2,7 +2,7 @@
 
     python -m bench.off_the_shelf --cifar cifar10/train.parquet --photos imagenet-sample [--steps 4000] [--out DIR]
 
-The network is `bench._nets.ConvNet`; it is kept in --out and trained once."""
+The network is `bench._nets.ConvNet`, by default the pooled one; it is kept in --out and trained once."""
 
 import argparse
 import json
@@ -30,14 +30,24 @@ SEEN = 6  # the first six classes of CIFAR-10 are trained on, the other four are
 WIDTH = 32
 
 
+def network(classes: int) -> ConvNet:
+    return ConvNet(WIDTH, classes, pooled=True)
+
+
+def relu(subject: Subject, which: int) -> str:
+    """The name of one of the four ReLUs."""
+    names = [n for n, m in subject.model.named_modules() if isinstance(m, torch.nn.ReLU)]
+    return names[which]
+
+
 def trained(name: str, images: torch.Tensor, labels: np.ndarray, classes: int, steps: int, out: Path) -> Subject:
     """The small CNN trained on these pictures, or the one that an earlier run left in `out`."""
-    file = out / f"{name}-{steps}.safetensors"
+    file = out / f"{name}-pooled-{steps}.safetensors"
     if file.is_file():
-        model = ConvNet(WIDTH, classes)
+        model = network(classes)
         model.load_state_dict(load_file(file))
         return Subject(model, name=name)
-    cell = SupervisedCell(build=lambda capacity, count: ConvNet(int(capacity), count), shift=2)
+    cell = SupervisedCell(build=lambda capacity, count: network(count), shift=2)
     subject = cell.train(str(WIDTH), images, torch.from_numpy(labels).long(), classes, steps, 128, 0.1, 0)
     save_file(subject.model.state_dict(), file)
     return subject
@@ -63,13 +73,14 @@ def foreign(cifar: data.Dataset, net: Subject, steps: int, out: Path) -> dict[st
     test, pool = cifar.subset(others[:2000]), cifar.subset(others[2000:])
     few = pool.subset(np.arange(1000))
     torch.manual_seed(0)
-    untrained = Subject(ConvNet(WIDTH, SEEN), name="untrained")
+    untrained = Subject(network(SEEN), name="untrained")
+    grid = {"layer": relu(net, -1), "pool": 2}
     figures = {}
     for label, subject, options in (
         ("trained on 6, pooled", net, {}),
-        ("trained on 6, last map 2x2", net, {"layer": "layers.11", "pool": 2}),
+        ("trained on 6, last map 2x2", net, grid),
         ("untrained, pooled", untrained, {}),
-        ("untrained, last map 2x2", untrained, {"layer": "layers.11", "pool": 2}),
+        ("untrained, last map 2x2", untrained, grid),
         ("raw pixels 32", Subject(_flat, features=_flats), {}),
         ("HOG (ours)", baseline("HOG"), {}),
     ):
@@ -78,7 +89,7 @@ def foreign(cifar: data.Dataset, net: Subject, steps: int, out: Path) -> dict[st
         print(f"  SVM, 1000 labels, {label}: {figures[label]:.1f}", flush=True)
     figures["HOG (scikit-image)"] = svm(skimage_hog(few), skimage_hog(test))
     print(f"  SVM, 1000 labels, HOG (scikit-image): {figures['HOG (scikit-image)']:.1f}", flush=True)
-    for label, options in (("pooled", {}), ("last map 2x2", {"layer": "layers.11", "pool": 2})):
+    for label, options in (("pooled", {}), ("last map 2x2", grid)):
         extractor = Extractor(net, **options, quiet=True)
         small = test.subset(np.arange(1000))
         views, plain = jittered_features(extractor, small), extractor.of(small)
@@ -144,7 +155,7 @@ def retrieval(folder: str, net: Subject, seeds: int) -> dict[str, float]:
     chains["full 3/2, 128, signed square"] = RetrieverConfig(reference_levels=3, query_levels=2, dims=128, power=2.0)
     subjects = {
         "random filters": Extractor(Subject(RandomFilters(), mean=(0.5,) * 3, std=(0.25,) * 3), quiet=True),
-        "trained on CIFAR-10": Extractor(net, "layers.8", pool=2, quiet=True),
+        "trained on CIFAR-10": Extractor(net, relu(net, 2), pool=2, quiet=True),
     }
     queries = []
     for seed in range(seeds):
