@@ -127,11 +127,6 @@ class Matching:
     account: Account
     table: str = ""
 
-    @property
-    def note(self) -> str:
-        """One line when something other than plain renaming happened."""
-        return f"names of {self.table!r}" if self.table not in ("", "authors") else ""
-
 
 def match(
     state: Mapping[str, Tensor],

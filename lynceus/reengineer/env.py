@@ -58,7 +58,7 @@ def snapshot() -> dict[str, str]:
     out = {"lynceus": lynceus.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            out[package] = version(package)  # type: ignore[no-untyped-call, unused-ignore]
+            out[package] = version(package)
         except PackageNotFoundError:
             out[package] = "not installed"
     out |= {
@@ -66,7 +66,7 @@ def snapshot() -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         "cudnn benchmark": str(torch.backends.cudnn.benchmark),
         "cudnn deterministic": str(torch.backends.cudnn.deterministic),
         "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
