@@ -7,10 +7,10 @@ LayerNorm and one GELU per block, a four times wider perceptron, separate down-s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -72,12 +72,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        y = self.norm(self.dwconv(x))
+        y: Tensor = self.norm(self.dwconv(x))
         if self.gamma is None and not self.drop_path.active:
-            return self.mlp(y, residual=x)
+            y = self.mlp(y, residual=x)
+            return y
         y = self.mlp(y)
-        if self.drop_path.active:
-            return x + self.drop_path(y if self.gamma is None else y * self.gamma)
+        out: Tensor
+        if self.gamma is None or self.drop_path.active:
+            out = x + self.drop_path(y if self.gamma is None else y * self.gamma)
+            return out
         if fusable(x) and y.is_contiguous() and not self.mlp._forward_hooks:  # y is ours alone: no new memory
             return torch.addcmul(x, y, self.gamma, out=y)
         return torch.addcmul(x, y, self.gamma)
@@ -113,15 +116,16 @@ class ConvNeXt(Backbone):
         self.norm = nn.Identity() if config.dense else nn.LayerNorm(dims[-1], eps=EPS)
         classes = 0 if config.dense else config.num_classes
         self.num_classes = classes
-        self.head = nn.Linear(dims[-1], classes) if classes > 0 else nn.Identity()
+        head = nn.Linear(dims[-1], classes) if classes > 0 else nn.Identity()
+        self.head = head
         self.apply(_init)
-        if classes > 0:
-            self.head.weight.data.mul_(config.head_init_scale)
-            self.head.bias.data.mul_(config.head_init_scale)
+        if isinstance(head, nn.Linear):
+            head.weight.data.mul_(config.head_init_scale)
+            head.bias.data.mul_(config.head_init_scale)
 
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
         x, maps = image, []
-        for i, (down, blocks) in enumerate(zip(self.downsample, self.layers)):
+        for i, (down, blocks) in enumerate(zip(self.downsample, cast(Iterable[nn.ModuleList], self.layers))):
             x = down(pad_to(x, 2 if i else self.config.patch_size)).permute(0, 2, 3, 1)
             for block in blocks:
                 x = self.run_block(block, x)
@@ -130,20 +134,21 @@ class ConvNeXt(Backbone):
         return maps
 
     def pool(self, features: Tensor) -> Float[Tensor, "b c"]:
-        return self.norm(features.mean((-2, -1)))
+        vector: Tensor = self.norm(features.mean((-2, -1)))
+        return vector
 
     # layer decay -------------------------------------------------------------------------------------
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The authors' grouping (`layer_ids`): blocks of stage 2 by threes, later down-sampling beside its stage."""
         blocks: list[tuple[str, tuple[int, ...]]] = []
-        for i, layer in enumerate(self.layers):
+        for i, depth in enumerate(self.config.depths):
             down, where = ("downsample", str(i)), ("layers", str(i))
             if coarse:
                 blocks.append((rf"^layers\.{i}\." if i == 0 else rf"^(?:downsample|layers)\.{i}\.", (i,)))
                 continue
             if i:
                 blocks.append((rf"^downsample\.{i}\.", (self._layer_id(down),)))
-            blocks += [(rf"^layers\.{i}\.{b}\.", (self._layer_id((*where, str(b))),)) for b in range(len(layer))]
+            blocks += [(rf"^layers\.{i}\.{b}\.", (self._layer_id((*where, str(b))),)) for b in range(depth)]
         return {"stem": r"^downsample\.0\.", "blocks": blocks}
 
     def layer_ids(self) -> dict[str, int]:

@@ -9,9 +9,11 @@ MIT), so the rungs between them follow the text. Each rung changes one flag of o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class LadderConfig(BackboneConfig):
 
     def channels(self, stage: int) -> int:
         """Channels of the map that leaves a stage."""
-        return self.width * 2**stage * (1 if self.inverted else 4)
+        return self.width * (1 << stage) * (1 if self.inverted else 4)
 
     def make_norm(self, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels) if self.norm == "batch" else LayerNorm2d(channels, eps=EPS)
@@ -85,9 +87,7 @@ class Block(nn.Module):
             if name == "first" if config.one_activation else i < 2:
                 parts.append(config.make_act())
         self.body = nn.Sequential(*parts)
-        self.gamma = (
-            nn.Parameter(config.layer_scale * parts[-1].weight.new_ones(out, 1, 1)) if config.layer_scale else None
-        )
+        self.gamma = nn.Parameter(config.layer_scale * torch.ones(out, 1, 1)) if config.layer_scale else None
         self.drop_path = DropPath(drop_path)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != out:
@@ -100,7 +100,8 @@ class Block(nn.Module):
         y = self.body(x)
         if self.gamma is not None:
             y = y * self.gamma
-        return self.after(self.shortcut(x) + self.drop_path(y))
+        out: Tensor = self.after(self.shortcut(x) + self.drop_path(y))
+        return out
 
 
 class Ladder(Backbone):
@@ -150,7 +151,7 @@ class Ladder(Backbone):
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
         x = self.stem(pad_to(image, self.stages[-1].stride))
         maps = []
-        for down, blocks in zip(self.downsample, self.layers):
+        for down, blocks in zip(self.downsample, cast(Iterable[nn.Sequential], self.layers)):
             x = down(x)
             for block in blocks:
                 x = self.run_block(block, x)
@@ -158,7 +159,8 @@ class Ladder(Backbone):
         return maps
 
     def pool(self, features: Tensor) -> Float[Tensor, "b c"]:
-        return self.norm(features.mean((-2, -1)))
+        vector: Tensor = self.norm(features.mean((-2, -1)))
+        return vector
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^(?:layers|downsample)\.(\d+)" if coarse else r"^(?:layers|downsample)\.(\d+)\.(\d+)"

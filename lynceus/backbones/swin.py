@@ -10,8 +10,9 @@ shrinks. Both: maps that are no multiple of the window are zero-padded after the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,8 +127,10 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         if self.drop_path.active:
-            return x + self.drop_path(self.mlp(self.norm2(x)))
-        return self.mlp(self.norm2(x), residual=x)
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        else:
+            x = self.mlp(self.norm2(x), residual=x)
+        return x
 
 
 class PatchMerging(nn.Module):
@@ -199,7 +202,7 @@ class Swin(Backbone):
             x = x + self._position(x.shape[1], x.shape[2])
         x = self.pos_drop(x)
         maps = []
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(cast(Iterable[SwinStage], self.layers)):
             for block in stage.blocks:
                 x = self.run_block(block, x)
             if i in self.config.levels:
@@ -218,7 +221,8 @@ class Swin(Backbone):
     def pool(self, features: Tensor) -> Float[Tensor, "b c"]:
         if self.config.dense:
             return features.mean((-2, -1))
-        return self.norm(features.permute(0, 2, 3, 1)).mean((1, 2))
+        tokens: Tensor = self.norm(features.permute(0, 2, 3, 1))
+        return tokens.mean((1, 2))
 
     def train(self, mode: bool = True) -> Swin:
         """As nn.Module's; frozen parts stay in eval mode and take no gradients."""

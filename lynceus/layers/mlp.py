@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,8 +52,8 @@ class Mlp(nn.Module):
         """The same, some thousand rows at a time: the hidden layer stays in the cache instead of costing new pages."""
         out = x.new_empty(rows, self.fc2.out_features)
         count = max(PIECE // (self.fc1.out_features * x.element_size()), 1)
-        added = [None] * -(-rows // count) if residual is None else residual.reshape(out.shape).split(count)
-        for piece, add, place in zip(x.reshape(rows, -1).split(count), added, out.split(count)):
+        added = [None] * -(-rows // count) if residual is None else torch.split(residual.reshape(out.shape), count)
+        for piece, add, place in zip(torch.split(x.reshape(rows, -1), count), added, torch.split(out, count)):
             place.copy_(self._whole(piece, add))
         return out.view(*x.shape[:-1], -1)
 

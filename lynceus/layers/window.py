@@ -102,6 +102,8 @@ class WindowAttention(nn.Module):
     `relative_position_bias_table` is ((2 window - 1)**2, heads); `qkv` packs [3, heads, dim / heads].
     """
 
+    relative_index: Tensor
+
     def __init__(
         self,
         dim: int,
