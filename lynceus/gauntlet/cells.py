@@ -142,6 +142,12 @@ class SupervisedCell:
         """One model trained for `steps` updates of `size` images (n, 3, h, w), in eval mode."""
         with borrowed(seed, "init", capacity):
             model = self.build(capacity, classes)
+        return self.tune(model, images, labels, steps, size, lr, seed)
+
+    def tune(
+        self, model: nn.Module, images: Tensor, labels: Tensor, steps: int, size: int, lr: float, seed: int
+    ) -> Subject:
+        """Trains `model` itself, from the weights it has."""
         subject = Subject(model)
         config = FitConfig(
             steps=steps,
@@ -183,6 +189,47 @@ class _Learner(Recipe):
 
     def export(self) -> nn.Module:
         return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferCell:
+    """The transfer axis: trains on the subset, then reads a small other task with what was learned.
+
+    "accuracy" is that of a linear probe on the frozen features, "finetune_accuracy" that after tuning all weights;
+    `LearningCurve.points(capacity, "finetune_accuracy")` is the second curve. downstream: (train, test), labelled.
+    finetune: its budget. lr: its peak rate."""
+
+    downstream: tuple[Any, Any]
+    pretrain: SupervisedCell = field(default_factory=SupervisedCell)
+    finetune: Budget = field(default_factory=lambda: Budget(amount=200))
+    lr: float = 0.01
+
+    def __call__(self, capacity: str, data: CellData, budget: Budget, seed: int) -> dict[str, Any]:
+        from lynceus.gauntlet.probes import LinearProbe
+
+        images, labels = pixels(data.train), torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
+        first, cell = budget.steps(len(images)), self.pretrain
+        subject = cell.train(capacity, images, labels, data.classes, first, budget.batch_size, cell.lr[0], seed)
+        loss = float(
+            F.cross_entropy(torch.from_numpy(_logits(subject, images[: cell.loss_images])), labels[: cell.loss_images])
+        )
+        bank, (train, test) = FeatureBank(quiet=True), self.downstream
+        there = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
+        wanted, classes = np.asarray(test.labels), int(max(train.labels.max(), test.labels.max())) + 1
+        scores, _ = LinearProbe().scores(
+            bank.get(subject, train).vectors, there.numpy(), bank.get(subject, test).vectors, classes=classes, seed=seed
+        )
+        if not hasattr(subject.model, "reset_classifier"):
+            raise AdviceError(
+                f"{capacity} has no reset_classifier, so its classifier cannot be exchanged for the other task."
+            )
+        with borrowed(seed, "new head"):
+            subject.model.reset_classifier(classes)
+        size, steps = self.finetune.batch_size, self.finetune.steps(len(there))
+        tuned = cell.tune(subject.model, pixels(train), there, steps, size, self.lr, seed)
+        after = measure(_logits(tuned, pixels(test)), wanted, classes)
+        out = measure(scores, wanted, classes) | {"train_loss": loss, "n_test": len(wanted)}
+        return out | {"finetune_accuracy": after["accuracy"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +279,9 @@ def _logits(subject: Subject, images: Tensor) -> np.ndarray:
 def cell_key(cell: Cell, fingerprint: str, train_cell: Any) -> str:
     """Names the result of a cell: the same whenever the same function trains the same cell on the same data."""
     name = getattr(train_cell, "__qualname__", type(train_cell).__qualname__)
+    part = [d.fingerprint() for d in getattr(train_cell, "downstream", ())]
     settings = {
         k: v for k, v in getattr(train_cell, "__dict__", {}).items() if isinstance(v, (int, float, str, tuple, bool))
     }
     build = getattr(train_cell, "build", None)
-    return digest([cell, fingerprint, name, settings, getattr(build, "__qualname__", "")], 20)
+    return digest([cell, fingerprint, name, settings, getattr(build, "__qualname__", ""), *part], 20)

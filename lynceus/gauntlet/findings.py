@@ -59,6 +59,18 @@ def findings(curve: LearningCurve) -> Report:
     report.arrays["n"] = np.array(curve.sizes)
     if len(config.capacities) > 1:
         _capacity(report, curve, found)
+    if "finetune_accuracy" in curve.results[0]:
+        for capacity in config.capacities:
+            tuned = curve.points(capacity, "finetune_accuracy")
+            line = fits.fit_law("log", tuned, draws=config.draws, seed=curve.seed)
+            low, high = line.interval("b")
+            report.arrays[f"finetune accuracy {capacity}"] = tuned.accuracy
+            report.summary[f"{capacity}: fine-tuned slope per decade"] = line.parameters["b"]
+            report.notes.append(
+                f"{capacity}: transfer to the other task, linear probe above; fine-tuned "
+                f"{' '.join(_points(v) for v in tuned.mean)}, {_points(line.parameters['b'])} points per decade of "
+                f"pretraining images [{_points(low)}, {_points(high)}]{', rejected' if line.rejected else ''}."
+            )
     for p in config.noise:
         _noise(report, curve, found, p)
     for r in config.tails:
@@ -209,6 +221,7 @@ def _tail(report: Report, curve: LearningCurve, r: float) -> None:
         report.rows.append(row | {"head": head, "medium": medium, "tail third": tail})
         report.summary[f"head - tail at ratio {r:g}"] = head - tail
         report.notes.append(
-            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, tail "
-            f"{_points(tail)}; balanced accuracy {_points(balanced)}, plain (test classes in training proportions) {_points(plain)}."
+            f"Long tail of ratio {r:g} at {n} images: head {_points(head)}, medium {_points(medium)}, "
+            f"tail {_points(tail)}; balanced accuracy {_points(balanced)}, plain (test classes in training "
+            f"proportions) {_points(plain)}."
         )

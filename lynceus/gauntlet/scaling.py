@@ -120,7 +120,9 @@ class LearningCurve:
     def points(self, capacity: str, key: str = "accuracy") -> fits.Points:
         """The clean curve of one capacity."""
         table = np.stack([self.values(key, capacity=capacity, n=n) for n in self.sizes], 1)
-        return fits.Points(n=np.array(self.sizes, float), accuracy=table, n_test=self.n_test)
+        return fits.Points(
+            n=np.array(self.sizes, float), accuracy=table, n_test=int(self.results[0].get("n_test", self.n_test))
+        )
 
     def report(self) -> Report:
         """Table, figure and findings."""

@@ -18,7 +18,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.report import Report
 from lynceus.gauntlet import fits
 from lynceus.gauntlet.baselines import baseline
-from lynceus.gauntlet.cells import Budget, SupervisedCell
+from lynceus.gauntlet.cells import Budget, SupervisedCell, TransferCell
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig, learning_curve
 from lynceus.gauntlet.subsets import Relabelled, corrupt, near_duplicates, nested, thumbnails
 
@@ -289,3 +289,19 @@ def test_a_training_function_that_forgets_something_is_told():
             config=ScalingConfig(sizes=(20, 40, 80), cosine=0),
             train_cell=lambda *a: {"accuracy": 0.5},
         )
+
+
+def test_transfer_gives_both_curves():
+    digits = data.open("digits")
+    low, high = digits.subset(digits.labels < 5), digits.subset(digits.labels >= 5)
+    train, test = high.take(100, seed=1), high.take(150, seed=2)
+    cell = TransferCell(downstream=(train, test), pretrain=SupervisedCell(mirror=False), finetune=Budget(amount=8))
+    config = ScalingConfig(
+        sizes=(40, 80, 160), seeds=1, capacities=("resnet_nano",), budget=Budget(amount=8), cosine=0, draws=20
+    )
+    curve = learning_curve(low, config=config, train_cell=cell)
+    assert curve.points("resnet_nano").n_test == 150
+    report = curve.report()
+    assert report.arrays["finetune accuracy resnet_nano"].shape == (1, 3)
+    assert "resnet_nano: fine-tuned slope per decade" in report.summary
+    assert curve.points("resnet_nano").mean.min() > 0.4
