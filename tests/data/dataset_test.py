@@ -50,6 +50,13 @@ def test_digits_are_the_default_set():
     assert min(test.counts().values()) >= 34
 
 
+def test_a_folder_called_digits_does_not_hide_the_default_set(tmp_path, monkeypatch):
+    photos(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert len(data.open("digits")) == 1797
+    assert len(data.open("./digits")) == 18
+
+
 @given(
     labels=st.lists(st.integers(-1, 4), min_size=1, max_size=80),
     shares=st.sampled_from([(0.8, 0.2), (0.5,), (0.6, 0.2, 0.2), (0.1, 0.1), (1.0,)]),
