@@ -23,6 +23,7 @@ from lynceus.core.subject import Subject
 from lynceus.core.types import Batch, Prediction, Sample
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Accumulates over batches. `compute` gives named numbers."""
 

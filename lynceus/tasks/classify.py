@@ -91,7 +91,7 @@ class Classify:
 
     name: ClassVar[str] = "classify"
 
-    classes: tuple[str, ...] | None = None
+    classes: Sequence[str] | None = None
     num_classes: int | None = None
     label_smoothing: float = 0.0
     multi_label: bool = False
@@ -226,7 +226,7 @@ class Classify:
 
     def check_classes(self, classes: Sequence[str], *, what: str = "the data") -> None:
         """Raises when the data's class list is another than the task's (order included)."""
-        ours = self.classes or ()
+        ours = tuple(self.classes or ())
         if list(classes) == list(ours) or ours == tuple(str(i) for i in range(len(classes))):
             return
         if sorted(classes) == sorted(ours):

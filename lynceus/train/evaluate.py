@@ -4,7 +4,7 @@ and the pictures it got most wrong."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,8 +38,8 @@ class Evaluate:
     worst: int = 12
     quiet: bool = False
 
-    def __call__(self, subject: Any, data: Iterable[Sample], *, seed: int = 0) -> Report:
-        """`seed` is not used: nothing here is random."""
+    def __call__(self, subject: Any, data: Any, *, seed: int = 0) -> Report:
+        """data: a Dataset or Samples with labels. `seed` is not used: nothing here is random."""
         subject = subject if isinstance(subject, Subject) else Subject(subject, needs_grad=False)
         start = time.monotonic()
         with progress(f"evaluating {subject.name}", total=_length(data), unit="images", quiet=self.quiet) as bar:
@@ -52,7 +52,7 @@ class Evaluate:
                             "An accuracy needs labels, and these images have none; lynceus.train.predict.predict "
                             "needs no labels."
                         )
-                    raw = subject(batch.image)
+                    raw = subject(batch.pixels())
                     task: Any = getattr(subject.model, "task", None)
                     scores = task.probabilities(raw) if hasattr(task, "probabilities") else raw.float().softmax(-1)
                     parts.append((scores.cpu(), batch.label.cpu()))

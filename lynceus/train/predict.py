@@ -57,7 +57,7 @@ def predict(
     ):
         originals = samples(data)
         for batch in batches(_Once(data), subject, batch_size):
-            raw = subject(batch.image)
+            raw = subject(batch.pixels())
             for found in decode(subject, raw, batch.sizes):
                 sample = next(originals)
                 found.id = sample.id or str(len(out))
