@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,7 +200,7 @@ class Extractor:
         """Vectors of images (n, 3, h, w), or of a list of (3, h, w) of any sizes; uint8, or float in [0, 1]."""
         return torch.from_numpy(self._vectors(list(images), self.space))
 
-    def of(self, data: Iterable[Sample]) -> Features:
+    def of(self, data: Any) -> Features:
         """Vectors and labels of a whole data set, decoded one batch ahead of the model."""
         space, vectors, labels = self.space, [], []
         total = len(data) if hasattr(data, "__len__") else None
@@ -325,7 +325,7 @@ class FeatureBank:
         self._kept.append((subject.model, subject._features))
         return Extractor(subject, layer, batch_size=self.batch_size, cache=self.cache, quiet=self.quiet)
 
-    def get(self, subject: Subject, data: Iterable[Sample], *, layer: str | None = None) -> Features:
+    def get(self, subject: Subject, data: Any, *, layer: str | None = None) -> Features:
         """Vectors (n, c) and labels of `data` as `subject` sees them. A second call costs a look-up."""
         if isinstance(data, Features):
             return data
@@ -343,7 +343,7 @@ class FeatureBank:
             return self._known[key]
 
 
-def batches(data: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def batches(data: Any, size: int) -> Iterator[list[Sample]]:
     """Lists of up to `size` samples, in order."""
     if hasattr(data, "__getitems__") and hasattr(data, "__len__"):
         for start in range(0, len(data), size):

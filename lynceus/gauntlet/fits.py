@@ -16,6 +16,7 @@ AICc can be compared:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -110,7 +111,8 @@ class Law:
     def rejected(self) -> bool:
         return self.p_value < _REJECT
 
-    def __call__(self, n: float | np.ndarray) -> np.ndarray:
+    def __call__(self, n: Any) -> Any:
+        """Accuracy at n, a number or an array."""
         return predict(self.name, np.asarray(self.values), np.asarray(n, dtype=float))
 
     def interval(self, parameter: str, level: float = 0.95) -> tuple[float, float]:
@@ -135,7 +137,7 @@ def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def predict(name: str, values: np.ndarray, n: np.ndarray) -> np.ndarray:
+def predict(name: str, values: np.ndarray, n: Any) -> Any:
     """Accuracy of law `name` with parameters `values` (..., p) at n."""
     if name == "log":
         return values[..., 0] + values[..., 1] * np.log10(n)

@@ -11,7 +11,6 @@ a pair (train, test); and a function of vectors: `probe.on(train, test, seed=0)`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -51,9 +50,7 @@ class Probe:
     test_fraction: float = 0.3
     layer: str | None = None
 
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
+    def __call__(self, subject: Subject, data: Any, *, seed: int = 0, bank: FeatureBank | None = None) -> Report:
         """bank: shared features; None extracts them for this call alone."""
         subject.require(self.needs)
         bank = bank or FeatureBank()
@@ -175,9 +172,7 @@ class LinearSVM(Probe):
     augment: bool = False
     max_iter: int = 1000
 
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
+    def __call__(self, subject: Subject, data: Any, *, seed: int = 0, bank: FeatureBank | None = None) -> Report:
         report = super().__call__(subject, data, seed=seed, bank=None if self.augment and bank is None else bank)
         if not self.augment:
             return report
@@ -250,7 +245,7 @@ def divided(data: Any, test_fraction: float, seed: int) -> tuple[Any, Any]:
     return [samples[i] for i in rest], [samples[i] for i in taken]
 
 
-def jittered_features(extractor: Extractor, data: Iterable[Sample]) -> Features:
+def jittered_features(extractor: Extractor, data: Any) -> Features:
     """Vectors (n, 16, c) of the 16 views of every picture, and the labels."""
     plain = extractor.of(data)
     vectors = []
@@ -330,9 +325,7 @@ class LinearProbe(Probe):
     warmup: int = 10
     views: int = 0
 
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
+    def __call__(self, subject: Subject, data: Any, *, seed: int = 0, bank: FeatureBank | None = None) -> Report:
         if not self.views:
             return super().__call__(subject, data, seed=seed, bank=bank)
         subject.require(self.needs)

@@ -6,7 +6,7 @@ public. Whitening is fitted on reference patches only; a query never changes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -174,9 +174,7 @@ class Retrieval:
     limit: int = 2000
     layer: str | None = None
 
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
+    def __call__(self, subject: Subject, data: Any, *, seed: int = 0, bank: FeatureBank | None = None) -> Report:
         subject.require(self.needs)
         if data is None or (hasattr(data, "__len__") and len(data) == 0):
             raise AdviceError("The data is empty: retrieval needs labelled images, for instance data.open('digits').")

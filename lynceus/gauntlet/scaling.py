@@ -298,9 +298,7 @@ class DataScaling:
     out: str | None = None
     bank: FeatureBank | None = field(default=None, compare=False, repr=False)
 
-    def __call__(
-        self, subject: Subject, data: Iterable[Sample], *, seed: int = 0, bank: FeatureBank | None = None
-    ) -> Report:
+    def __call__(self, subject: Subject, data: Any, *, seed: int = 0, bank: FeatureBank | None = None) -> Report:
         """data: a labelled Dataset or a pair (pool, test)."""
         subject.require(self.needs)
         pool, test = _pool_and_test(data, None, self.test_fraction, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -123,7 +123,7 @@ class Relabelled:
         return hashlib.blake2b(self.data.fingerprint().encode() + self.labels.tobytes(), digest_size=12).hexdigest()
 
 
-def thumbnails(data: Iterable[Sample], side: int = 16) -> np.ndarray:
+def thumbnails(data: Any, side: int = 16) -> np.ndarray:
     """Small centred unit vectors (n, 3 side^2) of the pictures: near-duplicates have a cosine near 1."""
     images: Any = getattr(data, "images", None)
     chunks: list[Tensor] = []

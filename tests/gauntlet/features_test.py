@@ -48,7 +48,7 @@ def test_pooled_is_what_the_classifier_reads(digits):
 def test_every_inner_layer_of_a_plain_network_answers():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 36, 5))
     images = torch.rand(4, 3, 8, 8)
-    subject = Subject(net, mean=(0, 0, 0), std=(1, 1, 1))
+    subject = Subject(net, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     before, after = (Extractor(subject, layer, pool="flat", channels="first")(images) for layer in ("0", "1"))
     with pytest.raises(AdviceError, match="channels='first'"):  # six channels on a map of 6 x 6
         Extractor(subject, "1")(images)
@@ -94,7 +94,7 @@ def test_the_key_sees_weights_and_buffers_and_size():
     assert same == model_key(Subject(model("resnet_nano", 0)))
     assert same != model_key(Subject(model("resnet_nano", 1)))
     assert same != model_key(Subject(model("resnet_nano", 0), size=64))
-    assert same != model_key(Subject(model("resnet_nano", 0), mean=(0, 0, 0), std=(1, 1, 1)))
+    assert same != model_key(Subject(model("resnet_nano", 0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     net = model("resnet_nano", 0)
     next(b for n, b in net.named_buffers() if "mean" in n).add_(1)
     assert same != model_key(Subject(net))

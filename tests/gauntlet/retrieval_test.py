@@ -127,7 +127,7 @@ def small():
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 12, 5, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten()
     )
-    return Extractor(Subject(net, mean=(0, 0, 0), std=(1, 1, 1), features=lambda x: [net(x)]), quiet=True)
+    return Extractor(Subject(net, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), features=lambda x: [net(x)]), quiet=True)
 
 
 @pytest.mark.parametrize("power", [None, 2.0])

@@ -127,7 +127,7 @@ def test_class_limited_subsets_and_what_the_pool_cannot_give():
     (some,) = nested(labels, [90], seed=0, classes=2)
     assert len(np.unique(labels[some])) == 2
     with pytest.raises(AdviceError, match="at most"):
-        nested(labels, [500], seed=0, tail=50)
+        nested(labels, [500], seed=0, tail=50.0)
     with pytest.raises(AdviceError, match="601"):
         nested(labels, [601], seed=0)
 
@@ -173,7 +173,7 @@ def fake(capacity, cell, budget, seed):
 
 def test_the_report_says_what_the_grid_found():
     config = ScalingConfig(
-        sizes=(50, 100, 200, 400, 800), capacities=("a", "b"), noise=(0.2,), tails=(20.0,), cosine=0, draws=200
+        sizes=(50, 100, 200, 400, 800), capacities=("a", "b"), noise=(0.2,), tails=(20.0,), cosine=0.0, draws=200
     )
     curve = learning_curve(data.open("digits"), config=config, train_cell=fake)
     assert curve.ran == len(curve.cells) == 5 * 3 * 2 + 6
@@ -199,7 +199,7 @@ def test_a_flat_end_with_an_unlearned_training_set_is_budget_limited():
         accuracy = 0.1 + 0.25 * np.log10(min(n, 200) / 10) + 1e-3 * (seed % 7)
         return {"accuracy": accuracy, "train_loss": 1.5 if n > 200 else 0.01}
 
-    config = ScalingConfig(sizes=(25, 50, 100, 200, 400, 800, 1400), capacities=("a",), cosine=0, draws=50)
+    config = ScalingConfig(sizes=(25, 50, 100, 200, 400, 800, 1400), capacities=("a",), cosine=0.0, draws=50)
     report = learning_curve(data.open("digits"), config=config, train_cell=cell).report()
     assert report.summary["a: budget-limited"] == 1
     assert report.summary["a: bend after n"] in (200, 400)
@@ -216,7 +216,7 @@ KILLED = """
         time.sleep(0.1)
         return {"accuracy": 0.1 + 0.1 * np.log10(len(part.labels)), "train_loss": 0.1}
 
-    config = ScalingConfig(sizes=(20, 40, 80, 160), capacities=("a", "b"), cosine=0, draws=20)
+    config = ScalingConfig(sizes=(20, 40, 80, 160), capacities=("a", "b"), cosine=0.0, draws=20)
     curve = learning_curve(data.open("digits"), config=config, train_cell=cell, out=sys.argv[1], quiet=True)
     print(curve.ran, repr(curve.report().summary))
 """
@@ -248,7 +248,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 def test_training_from_scratch_is_repeatable_and_learns():
     config = ScalingConfig(
-        sizes=(100, 300, 900), seeds=1, capacities=("resnet_nano",), budget=Budget(amount=25), cosine=0, draws=20
+        sizes=(100, 300, 900), seeds=1, capacities=("resnet_nano",), budget=Budget(amount=25), cosine=0.0, draws=20
     )
     cell = SupervisedCell(lr=(0.1,), mirror=False)
     digits = data.open("digits")
@@ -286,7 +286,7 @@ def test_a_training_function_that_forgets_something_is_told():
     with pytest.raises(AdviceError, match="train_loss"):
         learning_curve(
             data.open("digits"),
-            config=ScalingConfig(sizes=(20, 40, 80), cosine=0),
+            config=ScalingConfig(sizes=(20, 40, 80), cosine=0.0),
             train_cell=lambda *a: {"accuracy": 0.5},
         )
 
@@ -297,7 +297,7 @@ def test_transfer_gives_both_curves():
     train, test = high.take(100, seed=1), high.take(150, seed=2)
     cell = TransferCell(downstream=(train, test), pretrain=SupervisedCell(mirror=False), finetune=Budget(amount=8))
     config = ScalingConfig(
-        sizes=(40, 80, 160), seeds=1, capacities=("resnet_nano",), budget=Budget(amount=8), cosine=0, draws=20
+        sizes=(40, 80, 160), seeds=1, capacities=("resnet_nano",), budget=Budget(amount=8), cosine=0.0, draws=20
     )
     curve = learning_curve(low, config=config, train_cell=cell)
     assert curve.points("resnet_nano").n_test == 150
