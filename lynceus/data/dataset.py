@@ -21,7 +21,8 @@ from lynceus.core.report import Report
 from lynceus.core.rng import numpy_generator
 from lynceus.core.types import Batch, Sample, collate
 from lynceus.data.decode import UnreadableError
-from lynceus.data.sources import Chosen, Pixels, Source
+from lynceus.data.sources import Chosen, Source
+from lynceus.data.sources import Pixels as Pixels
 
 log = logging.getLogger("lynceus.data")
 

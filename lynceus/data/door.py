@@ -55,11 +55,11 @@ def open_dataset(
 ) -> Dataset:
     """Opens pictures in whatever form they are. Nothing is downloaded.
 
-    source: "digits" (the default set; a folder of that name is "./digits") | an image folder, with or without class and
-        split folders | CSV or TSV | a COCO .json or its folder | YOLO's data.yaml or its folder | a VOC folder | folders
-        of pictures and masks | parquet, or what Hugging Face's save_to_disk wrote | WebDataset .tar files | .npy, .npz,
-        MNIST, CIFAR, SVHN, HDF5 | one picture or a list of paths | an array (n, h, w[, c]) | a dataset of torchvision or
-        of Hugging Face.
+    source: "digits" (the default set; a folder of that name is "./digits") | an image folder, with or without class
+        and split folders | CSV or TSV | a COCO .json or its folder | YOLO's data.yaml or its folder | a VOC folder |
+        folders of pictures and masks | parquet, or what Hugging Face's save_to_disk wrote | WebDataset .tar files |
+        .npy, .npz, MNIST, CIFAR, SVHN, HDF5 | one picture or a list of paths | an array (n, h, w[, c]) | a dataset of
+        torchvision or of Hugging Face.
     split: only this split of a format that names splits. labels: class index (or name) per picture of an array or of a
         list; False ignores labels. columns: {"image": NAME, "label": NAME} for tables with unusual names.
     size: resize while reading to (h, w), or to a square of this side. in_memory: hold the pictures as one uint8 tensor;
