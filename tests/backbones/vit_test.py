@@ -108,6 +108,18 @@ def test_every_option_agrees_with_timm(name):
             close(a, b)
 
 
+def test_gradients_agree_with_timm():
+    theirs = fill(VisionTransformer(**SMALL)).train()
+    ours = keys.build(SMALL).double().train()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, y = image(4, 3, 32, 32), torch.tensor([0, 3, 6, 1])
+    for model in (ours, theirs):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+    wanted = {n: p.grad for n, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        close(p.grad, wanted[name], 1e-8)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_distilled_agrees_with_timm(dynamic):
     options = {**SMALL, "dynamic_img_size": dynamic, "dynamic_img_pad": dynamic}
