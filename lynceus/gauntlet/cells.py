@@ -18,7 +18,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.nouns import Recipe
 from lynceus.core.rng import borrowed, generator
 from lynceus.core.subject import Subject
-from lynceus.core.types import Batch
+from lynceus.core.types import Batch, as_float
 from lynceus.data.dataset import Dataset, Pixels
 from lynceus.gauntlet.features import FeatureBank, Features, batches
 from lynceus.train.fit import FitConfig, fit
@@ -273,7 +273,9 @@ def pixels(data: Any) -> Tensor:
 
 @torch.inference_mode()
 def _logits(subject: Subject, images: Tensor) -> np.ndarray:
-    return np.concatenate([subject(images[i : i + 256]).float().cpu().numpy() for i in range(0, len(images), 256)])
+    return np.concatenate(
+        [subject(as_float(images[i : i + 256])).float().cpu().numpy() for i in range(0, len(images), 256)]
+    )
 
 
 def cell_key(cell: Cell, fingerprint: str, train_cell: Any) -> str:

@@ -42,7 +42,7 @@ def test_pooled_is_what_the_classifier_reads(digits):
     net = model("resnet_nano")
     subject = Subject(net)
     found = Extractor(subject, quiet=True)(digits.images[:5])
-    assert torch.allclose(net.get_classifier()(found), subject(digits.images[:5]), atol=1e-5)
+    assert torch.allclose(net.get_classifier()(found), subject(digits.images[:5] / 255), atol=1e-5)
 
 
 def test_every_inner_layer_of_a_plain_network_answers():
