@@ -89,7 +89,10 @@ def _digits(value: float) -> str:
 
 
 def number(value: Any) -> str:
-    """One number on its own, to about four digits."""
+    """One number on its own, to about four digits; counts (whole numbers above 1) without decimals."""
+    value = scalar(value)
+    if isinstance(value, float) and value.is_integer() and 1 < abs(value) < 1e15:
+        value = int(value)
     return writer([value])(value)
 
 

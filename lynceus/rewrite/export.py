@@ -155,10 +155,15 @@ def _folder(folder: Path) -> Iterator[Path]:
 # tracing -----------------------------------------------------------------------------------------
 def traced(model: nn.Module, example: Tensor, dynamic: Sequence[str]) -> Plan:
     """The model as a torch.export program with as many of the axes free as possible."""
+    fixed: dict[str, str] = {}
+    size = getattr(model, "image_size", None)
+    if size is not None:
+        why = f"the model brings every image to {size[0]}x{size[1]} itself; give the file images of that size"
+        fixed = {axis: why for axis in dynamic if axis != "batch"}
+        dynamic = [axis for axis in dynamic if axis == "batch"]
     program, why, least = _trace(model, example, dynamic)
     if program is not None:
-        return Plan(program=program, free=dict.fromkeys(dynamic, 1) | least)
-    fixed: dict[str, str] = {}
+        return Plan(program=program, free=dict.fromkeys(dynamic, 1) | least, fixed=fixed)
     free: list[str] = []
     for axis in dynamic:  # one that cannot be freed alone is the culprit
         program, reason, _ = _trace(model, example, [axis])

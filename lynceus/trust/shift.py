@@ -47,7 +47,8 @@ class ShiftConsistency:
     kind: "realistic" (the camera moves), "cyclic" (the picture is rolled), or "both", side by side.
     radius, around: shifts of `radius` pixels in "4" or "8" directions, or "all" up to `radius`.
     view: side n of what the model sees, None: the stored side less twice the radius (or the subject's own size).
-    stored: images are first resized to this short side and cut square; None needs images of one size.
+    stored: images are first resized to this short side and cut square; None: the model's own size and room to move if it
+      has one, else images must be of one size.
     embedding: True reads the outputs as vectors: cosine similarity, and whether the nearest neighbour changes. False
       reads them as classes. features: with classes, also looks at the vectors before the classifier.
     extend: repeats the border pixels this far, for pictures whose surroundings nobody knows: views can then be whole.
@@ -69,7 +70,11 @@ class ShiftConsistency:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per kind of shift. arrays: "realistic" and "cyclic", (images, shifts) bool: same answer or not."""
-        images, labels = gather(data, stored=self.stored, limit=self.limit)
+        stored = self.stored
+        own = subject.size or getattr(subject.model, "image_size", None)
+        if stored is None and own is not None and own[0] == own[1] and getattr(data, "images", None) is None:
+            stored = own[0] + 2 * self.radius  # photographs at the size that the model brings them to, with room to move
+        images, labels = gather(data, stored=stored, limit=self.limit)
         return shift(
             subject,
             images,
