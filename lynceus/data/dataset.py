@@ -96,6 +96,11 @@ class Dataset(torch.utils.data.Dataset[Sample]):
                 self.skip(error, index=int(index))
         return out
 
+    def __iter__(self) -> Iterator[Sample]:
+        """Every sample in order; pictures that cannot be read are left out and counted, as in `__getitems__`."""
+        for index in range(len(self)):
+            yield from self.__getitems__([index])
+
     def _image(self, row: int) -> Tensor:
         return self._images[row] if self._images is not None else self.source.read(row)
 
