@@ -1,4 +1,4 @@
-"""Where the big real images of the tests are: the environment variable LYNCEUS_TEST_DATA, else beside the repository."""
+"""Where the big real images of the tests are: $LYNCEUS_TEST_DATA, else a folder beside the repository."""
 
 import os
 from pathlib import Path

@@ -92,8 +92,14 @@ class Evaluate:
         self, report: Report, data: Any, scores: Tensor, labels: Tensor, classes: Any, ids: list[str]
     ) -> None:
         """Adds the grid of pictures with the highest loss."""
-        if not hasattr(data, "__getitem__") or not self.worst or len(ids) != _length(data):
+        if not hasattr(data, "__getitem__") or not self.worst:
             return
+        at = list(range(len(ids)))
+        if len(ids) != _length(data):  # some pictures could not be read
+            if not hasattr(data, "id"):
+                return
+            where = {data.id(i): i for i in range(_length(data) or 0)}
+            at = [where[i] for i in ids]
         loss = -scores.gather(1, labels.clamp(min=0)[:, None])[:, 0].clamp(min=1e-12).log()
         loss[labels < 0] = -1
         order = loss.argsort(descending=True, stable=True)[: self.worst].tolist()
@@ -102,8 +108,8 @@ class Evaluate:
             f"{classes[int(labels[i])]} → {classes[int(scores[i].argmax())]} {float(scores[i].max()):.0%}"
             for i in order
         ]
-        report.figures["worst pictures.png"] = image_grid([data[i].image for i in order], captions, columns=6)
-        report.arrays["worst"] = np.array(order)
+        report.figures["worst pictures.png"] = image_grid([data[at[i]].image for i in order], captions, columns=6)
+        report.arrays["worst"] = np.array([at[i] for i in order])
 
 
 def batches(data: Any, subject: Any, size: int) -> Iterator[Batch]:

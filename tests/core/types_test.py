@@ -34,7 +34,12 @@ def test_different_sizes_are_padded_right_and_bottom():
 
 def test_multi_hot_and_ragged():
     boxes = torch.tensor([[0.0, 0, 2, 2]])
-    batch = collate([Sample(image=image(4, 4), label=torch.tensor([0.0, 1, 1]), boxes=boxes), Sample(image=image(4, 4), label=torch.tensor([1.0, 0, 0]))])
+    batch = collate(
+        [
+            Sample(image=image(4, 4), label=torch.tensor([0.0, 1, 1]), boxes=boxes),
+            Sample(image=image(4, 4), label=torch.tensor([1.0, 0, 0])),
+        ]
+    )
     assert batch.label.shape == (2, 3)
     assert batch.boxes[0] is boxes
     assert batch.boxes[1] is None
