@@ -41,7 +41,19 @@ _DOORS = {
     "fit": "lynceus.train.fit",
     "FitConfig": "lynceus.train.fit",
 }
-_ROOMS = ("core", "layers", "backbones", "tasks", "data", "train", "recipes", "rewrite", "trust", "reengineer", "gauntlet")
+_ROOMS = (
+    "core",
+    "layers",
+    "backbones",
+    "tasks",
+    "data",
+    "train",
+    "recipes",
+    "rewrite",
+    "trust",
+    "reengineer",
+    "gauntlet",
+)
 
 __all__ = ["__version__", *_DOORS, *_ROOMS]  # noqa: PLE0604
 

@@ -75,7 +75,9 @@ def test_third_parties_enter_by_their_doors(path):
     for name in imports(path):
         doors = DOORS.get(name.split(".")[0])
         if doors is not None:
-            assert any(here == d or here.startswith(d + "/") for d in doors), f"{here} imports {name}; its doors are {doors}"
+            assert any(here == d or here.startswith(d + "/") for d in doors), (
+                f"{here} imports {name}; its doors are {doors}"
+            )
 
 
 def test_the_checker_sees_a_fault(tmp_path):

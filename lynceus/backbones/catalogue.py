@@ -100,13 +100,26 @@ def describe(name: str) -> Report:
     if not name.startswith("timm:"):
         rows += [{"kind": "source", "name": k, "value": v} for k, v in header(table[name]).items()]
         for record in checked().get(table[name], []):
-            rows.append({"kind": "parity", "name": record["record"], "value": f"{record['reference']}: {record['difference']:.1e} of std"})
-    rows += [{"kind": "level", "name": s.name, "value": f"stride {s.stride}, {s.channels} channels"} for s in model.stages]
+            rows.append(
+                {
+                    "kind": "parity",
+                    "name": record["record"],
+                    "value": f"{record['reference']}: {record['difference']:.1e} of std",
+                }
+            )
+    rows += [
+        {"kind": "level", "name": s.name, "value": f"stride {s.stride}, {s.channels} channels"} for s in model.stages
+    ]
     if not name.startswith("timm:"):
-        rows += [{"kind": "option", "name": f.name, "value": str(getattr(model.config, f.name))} for f in fields(model.config)]
+        rows += [
+            {"kind": "option", "name": f.name, "value": str(getattr(model.config, f.name))}
+            for f in fields(model.config)
+        ]
     summary = {"parameters": float(sum(p.numel() for p in model.parameters())), "MACs": float(count.macs)}
     notes = [f"MACs at {h}x{w}, one image." + (f" Not counted: {', '.join(count.skipped)}." if count.skipped else "")]
-    notes.append("No weights come with it: it starts from random ones, or from a file: create_model(name, weights=FILE).")
+    notes.append(
+        "No weights come with it: it starts from random ones, or from a file: create_model(name, weights=FILE)."
+    )
     return Report(name=name, rows=rows, summary=summary, notes=notes)
 
 

@@ -289,9 +289,7 @@ VARIANTS: dict[str, SwinConfig] = {
     "swin_mlp_tiny_c6_patch4_window8_256": _variant(96, 6, 16, 0.2, window=8, size=256, mixer="mlp"),
     "swin_mlp_base_patch4_window7_224": _variant(128, 18, 4, 0.5, mixer="mlp"),
 }
-VARIANTS |= {
-    f"swin_{size}": VARIANTS[f"swin_{size}_patch4_window7_224"] for size in ("tiny", "small", "base", "large")
-}
+VARIANTS |= {f"swin_{size}": VARIANTS[f"swin_{size}_patch4_window7_224"] for size in ("tiny", "small", "base", "large")}
 
 
 def build(config: SwinConfig) -> Swin:

@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception:
         traceback.print_exc()
-        print(f"lynceus {verb}: this is a defect of lynceus, not of your input; please report the lines above.", file=sys.stderr)
+        print(
+            f"lynceus {verb}: this is a defect of lynceus, not of your input; please report the lines above.",
+            file=sys.stderr,
+        )
         return 70
     return 2
 

@@ -37,6 +37,8 @@ def twin_of(text: str, *, weights: Path | None = None, num_classes: int | None =
     if not text.startswith("timm:") and looks_like_path(text):
         return "from lynceus.train.checkpoint import load_model", f"load_model({text!r})"
     more = "".join(
-        f", {name}={value!r}" for name, value in (("weights", str(weights) if weights else None), ("num_classes", num_classes)) if value
+        f", {name}={value!r}"
+        for name, value in (("weights", str(weights) if weights else None), ("num_classes", num_classes))
+        if value
     )
     return "from lynceus import create_model", f"create_model({text!r}{more})"

@@ -26,11 +26,15 @@ def run_folder(out: Path | None, verb: str, name: str, *, resume: bool = False) 
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise AdviceError(f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER.") from None
+        raise AdviceError(
+            f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER."
+        ) from None
     return out
 
 
-def show(report: Report, *, out: Path | None = None, twin: str = "", quiet: bool = False, command: list[str] | None = None) -> None:
+def show(
+    report: Report, *, out: Path | None = None, twin: str = "", quiet: bool = False, command: list[str] | None = None
+) -> None:
     """Prints the report's table, writes it to `out`, and ends with the Python twin."""
     if command is not None:
         report.environment.setdefault("command", "lynceus " + " ".join(command))
@@ -58,5 +62,3 @@ def call(name: str, *args: Any, **options: Any) -> str:
 
 class Code(str):
     """Text that `call` writes without quotes."""
-
-

@@ -111,7 +111,11 @@ def _from_source(target: str) -> type:
             value = eval(compile(ast.Expression(item.value), module, "eval"), names)
             if not isinstance(value, dataclasses.Field):
                 immutable = value.__class__.__hash__ is not None
-                value = dataclasses.field(default=value) if immutable else dataclasses.field(default_factory=lambda v=value: v)
+                value = (
+                    dataclasses.field(default=value)
+                    if immutable
+                    else dataclasses.field(default_factory=lambda v=value: v)
+                )
             fields.append((item.target.id, hint, value))
     made = dataclasses.make_dataclass(name, fields, bases=bases, frozen=True, kw_only=True)
     made.__doc__ = doc
@@ -185,7 +189,8 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str = "") -
     options = tyro.cli(
         cls,
         prog=prog,
-        description=(description or cls.__doc__ or "") + "\n\nAlso: --config FILE.yaml (defaults for all of these), --print-config.",
+        description=(description or cls.__doc__ or "")
+        + "\n\nAlso: --config FILE.yaml (defaults for all of these), --print-config.",
         args=argv,
         config=(tyro.conf.PositionalMetavarFromFieldName,),
         default=tyro.MISSING_NONPROP if path is None else _with_yaml(cls, load_yaml(path)),
@@ -214,7 +219,11 @@ def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
     """An instance from YAML values; required fields that it does not give are left for the command line."""
     hints = typing.get_type_hints(cls)
     own = dataclasses.fields(cls)
-    homes = {f.name: {g.name for g in dataclasses.fields(hints[f.name])} for f in own if dataclasses.is_dataclass(hints[f.name])}
+    homes = {
+        f.name: {g.name for g in dataclasses.fields(hints[f.name])}
+        for f in own
+        if dataclasses.is_dataclass(hints[f.name])
+    }
     values = dict(values)
     for name in [n for n in values if n not in {f.name for f in own}]:
         inside = [home for home, names in homes.items() if name in names]
@@ -252,7 +261,11 @@ def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested
 
 
 def _required(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    return [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
 
 
 def _without(made: type, names: set[str]) -> type:
@@ -285,7 +298,9 @@ def _same(f: dataclasses.Field[Any]) -> Any:
     return dataclasses.field()
 
 
-def one_of(kind: str, table: dict[str, tuple[str, str]], argv: Sequence[str], *, usage: str) -> tuple[str | None, list[str]]:
+def one_of(
+    kind: str, table: dict[str, tuple[str, str]], argv: Sequence[str], *, usage: str
+) -> tuple[str | None, list[str]]:
     """Takes the leading NAME of `lynceus check NAME ...` off argv; (None, []) after printing the list for --help."""
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, table))
@@ -311,5 +326,7 @@ def load_function(target: str, flag: str) -> Callable[..., Any]:
     except ModuleNotFoundError:
         raise AdviceError(f"{flag}: there is no module {module!r} here ({Path.cwd()}) or installed.") from None
     except AttributeError:
-        raise unknown(f"function in {module}", name, [n for n in dir(import_module(module)) if not n.startswith("_")]) from None
+        raise unknown(
+            f"function in {module}", name, [n for n in dir(import_module(module)) if not n.startswith("_")]
+        ) from None
     return found

@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     if name is None:
         return 0
     target = CHECKS[name][0]
-    options = parse(with_options(Options, check=target), rest, prog=f"lynceus check {name}", description=CHECKS[name][1])
+    options = parse(
+        with_options(Options, check=target), rest, prog=f"lynceus check {name}", description=CHECKS[name][1]
+    )
     import lynceus.data
     from lynceus.core.subject import Subject
 

@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     import lynceus.data
 
     dataset = lynceus.data.open(options.source, split=options.split)
-    twin = f"import lynceus.data\n\nprint(lynceus.data.open({options.source!r}, split={options.split!r}).check().table())"
+    twin = (
+        f"import lynceus.data\n\nprint(lynceus.data.open({options.source!r}, split={options.split!r}).check().table())"
+    )
     show(dataset.check(), out=options.out, twin=twin)
     return 0

@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     size = (size, size) if isinstance(size, int) else tuple(size)
     images = torch.rand(2, 3, *size, generator=generator(options.seed, "diff"), dtype=torch.float64)
     report = diff(a, b, images, tolerance=options.tolerance)
-    first, second = twin_of(options.a, weights=options.weights_a), twin_of(options.b, weights=options.weights_b or options.weights_a)
+    first, second = (
+        twin_of(options.a, weights=options.weights_a),
+        twin_of(options.b, weights=options.weights_b or options.weights_a),
+    )
     lines = dict.fromkeys(["import torch", first[0], second[0], "from lynceus.reengineer.divergence import diff"])
     twin = "\n".join(lines) + f"\n\nprint(diff({first[1]}, {second[1]}, torch.rand{tuple(images.shape)!r}).table())"
     show(report, out=options.out, twin=twin)

@@ -24,7 +24,9 @@ class Options:
 
     data: Positional[str] = "digits"  # digits, a folder with one folder per class, a .parquet, .csv or .json file
     test: str | None = None  # data to test on; default: the data's own test split, or a stratified share
-    models: tuple[str, ...] = NANOS  # names of `lynceus models`, timm:NAME, run folders, 'raw pixels', HOG, 'colour histogram'
+    models: tuple[str, ...] = (
+        NANOS  # names of `lynceus models`, timm:NAME, run folders, 'raw pixels', HOG, 'colour histogram'
+    )
     engine: Literal["local", "ray"] = "local"  # where the work runs
     fresh: bool = False  # throw away what an earlier run left in the folder
     quiet: bool = False  # no progress and no table
@@ -48,7 +50,9 @@ def main(argv: Sequence[str], *, verb: str = "gauntlet", preset: str | None = No
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AdviceError(f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER.") from None
+        raise AdviceError(
+            f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER."
+        ) from None
     dataset = lynceus.data.open(options.data)
     data = dataset if options.test is None else (dataset, lynceus.data.open(options.test))
     if not options.quiet:
@@ -56,7 +60,13 @@ def main(argv: Sequence[str], *, verb: str = "gauntlet", preset: str | None = No
     config = merged(options, "config")
     (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
     report = gauntlet(
-        options.models, data, config=config, out=out, resume=not options.fresh, engine=options.engine, quiet=options.quiet
+        options.models,
+        data,
+        config=config,
+        out=out,
+        resume=not options.fresh,
+        engine=options.engine,
+        quiet=options.quiet,
     )
     from lynceus.cli.train import difference_of
 

@@ -26,5 +26,9 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.reengineer.inspect import inspect
 
     report = inspect(options.file, expand=options.expand)
-    show(report, out=options.out, twin=f"from lynceus.reengineer.inspect import inspect\nprint(inspect({str(options.file)!r}).table())")
+    show(
+        report,
+        out=options.out,
+        twin=f"from lynceus.reengineer.inspect import inspect\nprint(inspect({str(options.file)!r}).table())",
+    )
     return 0

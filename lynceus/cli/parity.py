@@ -29,5 +29,7 @@ def main(argv: Sequence[str]) -> int:
     with progress("parity", total=len(options.records), unit="records") as bar:
         report = parity(options.records, progress=lambda done, total, name: bar.advance(done - bar.done, record=name))
     names = [str(p) for p in options.records]
-    show(report, out=options.out, twin=f"from lynceus.reengineer.parity import parity\nprint(parity({names!r}).table())")
+    show(
+        report, out=options.out, twin=f"from lynceus.reengineer.parity import parity\nprint(parity({names!r}).table())"
+    )
     return exit_code(report)

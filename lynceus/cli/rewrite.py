@@ -14,7 +14,10 @@ from lynceus.cli._schema import merged, one_of, parse, with_options
 
 # name -> (class, one line)
 REWRITES: dict[str, tuple[str, str]] = {
-    "crop_selection": ("lynceus.rewrite.crop_selection:CropSelection", "the image chooses its own crop, so small shifts change nothing"),
+    "crop_selection": (
+        "lynceus.rewrite.crop_selection:CropSelection",
+        "the image chooses its own crop, so small shifts change nothing",
+    ),
 }
 
 
@@ -37,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     if name is None:
         return 0
     target = REWRITES[name][0]
-    options = parse(with_options(Options, rewrite=target), rest, prog=f"lynceus rewrite {name}", description=REWRITES[name][1])
+    options = parse(
+        with_options(Options, rewrite=target), rest, prog=f"lynceus rewrite {name}", description=REWRITES[name][1]
+    )
     out = run_folder(options.out, "rewrite", name)
     import torch
 
@@ -50,14 +55,22 @@ def main(argv: Sequence[str]) -> int:
     rewrite = merged(options, "rewrite")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)
     inner = getattr(model, "backbone", model)
-    size = tuple(data[0].image.shape[-2:]) if data is not None else options.size or getattr(inner, "input_size", (224, 224))
+    size = (
+        tuple(data[0].image.shape[-2:])
+        if data is not None
+        else options.size or getattr(inner, "input_size", (224, 224))
+    )
     example = torch.rand(8, 3, *size, generator=generator(options.seed, "example"))
     changed = rewrite(model, example)
     save_model(changed, out)
     report = compare(model, changed, data, example, seed=options.seed)
     line, expression = twin_of(options.model, weights=options.weights)
     module, kind = target.split(":")
-    source = "None" if options.data is None else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
+    source = (
+        "None"
+        if options.data is None
+        else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
+    )
     twin = (
         f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\nfrom lynceus.gauntlet.compare import compare\n"
         "from lynceus.train.checkpoint import save_model\n\n"

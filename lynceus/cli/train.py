@@ -66,16 +66,24 @@ def main(argv: Sequence[str]) -> int:
         **{k: v for k, v in arguments.items() if v is not None},
     )
     more = f", limit={options.limit}" if options.limit else ""
-    lines = ["import lynceus.data", "from lynceus import FitConfig", "from lynceus.recipes.classify import train_classifier"]
+    lines = [
+        "import lynceus.data",
+        "from lynceus import FitConfig",
+        "from lynceus.recipes.classify import train_classifier",
+    ]
     if options.loss:
         lines.insert(0, "from {} import {}".format(*options.loss.split(":")))
         arguments["loss"] = Code(options.loss.split(":")[1])
     source = Code(f"lynceus.data.open({options.data!r}{more})")
-    twin = "\n".join(lines) + "\n\npredictor, report = " + call(
-        "train_classifier", source, options.model, **arguments, config=Code(difference_of(config)), out=str(out)
+    twin = (
+        "\n".join(lines)
+        + "\n\npredictor, report = "
+        + call("train_classifier", source, options.model, **arguments, config=Code(difference_of(config)), out=str(out))
     )
     show(report, out=out, twin=twin, quiet=options.fit.quiet)
-    print(f"\nnext:\n    lynceus predict {out} PICTURES\n    lynceus export {out}\n    lynceus train --config {out / 'options.yaml'} {options.task} {options.data}")
+    print(
+        f"\nnext:\n    lynceus predict {out} PICTURES\n    lynceus export {out}\n    lynceus train --config {out / 'options.yaml'} {options.task} {options.data}"
+    )
     return 0
 
 

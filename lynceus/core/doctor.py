@@ -103,7 +103,13 @@ def _machine() -> list[dict[str, Any]]:
         low = available < LOW_MEMORY
         advice = "training may be stopped by the system: close other programs, or take a smaller batch" if low else ""
         rows.append(
-            _row("device", "memory", f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free", "low" if low else "ok", advice)
+            _row(
+                "device",
+                "memory",
+                f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free",
+                "low" if low else "ok",
+                advice,
+            )
         )
     if os.name == "posix" and Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free

@@ -63,7 +63,9 @@ class Subject:
         features: Callable[[Tensor], list[Tensor]] | None = None,
     ):
         if isinstance(model, str):
-            raise AdviceError(f"Subject takes a model, not the name {model!r}: Subject(lynceus.create_model({model!r})).")
+            raise AdviceError(
+                f"Subject takes a model, not the name {model!r}: Subject(lynceus.create_model({model!r}))."
+            )
         inner: Any = model.model if isinstance(model, Subject) else model
         if not callable(inner):
             raise AdviceError(f"Subject takes a module or a function of images, not {type(inner).__name__}.")
@@ -85,7 +87,9 @@ class Subject:
             )
         self.normalise = normalise
         self.size = (size, size) if isinstance(size, int) else size
-        self.classes: list[str] | None = list(classes) if classes else list(getattr(inner, "classes", None) or []) or None
+        self.classes: list[str] | None = (
+            list(classes) if classes else list(getattr(inner, "classes", None) or []) or None
+        )
         self.needs_grad = needs_grad
         self.name = name or getattr(inner, "name", None) or type(inner).__name__
 
@@ -99,7 +103,9 @@ class Subject:
     def prepare(self, image: Tensor) -> Tensor:
         """Resizes and normalises pixels into what the inner model takes."""
         if image.ndim != 4 or image.shape[1] not in (1, 3):
-            raise AdviceError(f"A subject takes images (b, 3, h, w), not {tuple(image.shape)}; add a batch axis with x[None].")
+            raise AdviceError(
+                f"A subject takes images (b, 3, h, w), not {tuple(image.shape)}; add a batch axis with x[None]."
+            )
         if image.dtype == torch.uint8:
             image = image.to(torch.float32) / 255
         image = image.to(self.device)
@@ -152,9 +158,13 @@ class Subject:
     def require(self, needs: frozenset[str]) -> None:
         """Raises, before any long work, when a check asks for what this subject cannot give."""
         if "gradients" in needs and not (self.needs_grad and isinstance(self.model, nn.Module)):
-            raise AdviceError(f"This check needs gradients, and {self.name} gives none; pass a torch module with needs_grad=True.")
+            raise AdviceError(
+                f"This check needs gradients, and {self.name} gives none; pass a torch module with needs_grad=True."
+            )
         if "features" in needs and self._features is None and not isinstance(self.model, nn.Module):
-            raise AdviceError(f"This check needs features, and {self.name} is a plain function; pass Subject(model, features=...).")
+            raise AdviceError(
+                f"This check needs features, and {self.name} is a plain function; pass Subject(model, features=...)."
+            )
 
 
 def _pooled(model: Any, final: Tensor) -> Tensor:

@@ -179,5 +179,3 @@ class Prediction:
 
     def show(self) -> None:
         self.picture().show()
-
-

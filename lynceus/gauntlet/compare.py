@@ -63,7 +63,9 @@ def compare(
             summary["accuracy lost"] = (right["before"] - right["after"]) / labelled
     shape = "x".join(map(str, example.shape))
     notes = [f"Time and MACs are for one batch {shape}; time is a median of {repeats} on this machine as it was."]
-    return Report(name="before and after", rows=list(rows.values()), summary=summary, notes=notes, environment=environment(seed))
+    return Report(
+        name="before and after", rows=list(rows.values()), summary=summary, notes=notes, environment=environment(seed)
+    )
 
 
 def _subject(model: nn.Module | Subject) -> Subject:

@@ -73,7 +73,9 @@ class ShiftConsistency:
         stored = self.stored
         own = subject.size or getattr(subject.model, "image_size", None)
         if stored is None and own is not None and own[0] == own[1] and getattr(data, "images", None) is None:
-            stored = own[0] + 2 * self.radius  # photographs at the size that the model brings them to, with room to move
+            stored = (
+                own[0] + 2 * self.radius
+            )  # photographs at the size that the model brings them to, with room to move
         images, labels = gather(data, stored=stored, limit=self.limit)
         return shift(
             subject,

@@ -23,5 +23,8 @@ def test_skeleton_equals_class(target):
     ours = {f.name: to_dict(_default(f)) for f in dataclasses.fields(made)}
     theirs = {f.name: to_dict(_default(f)) for f in dataclasses.fields(true) if f.init and f.repr}
     assert ours == theirs
-    if all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING for f in dataclasses.fields(true)):
+    if all(
+        f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        for f in dataclasses.fields(true)
+    ):
         assert real(made()) == true()
