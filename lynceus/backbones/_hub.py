@@ -159,7 +159,7 @@ def load_pretrained(
             f"{folder} holds a predictor for {described['task']}, not a bare backbone: "
             f"lynceus.train.checkpoint.load_model({str(folder)!r})."
         )
-    model = _built(described["backbone"])
+    model = rebuild(described["backbone"])
     model.load_state_dict(_weights(folder, model))
     return model.eval()
 
@@ -218,7 +218,8 @@ def _description(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _built(described: dict[str, Any]) -> Backbone:
+def rebuild(described: dict[str, Any]) -> Backbone:
+    """A backbone, freshly initialised, from its name, configuration, mean and std as plain values."""
     name, config = described["name"], described["config"]
     table = variants()
     if name.startswith("timm:"):

@@ -165,27 +165,13 @@ def read_description(file: Path) -> dict[str, Any]:
 
 def build_backbone(description: dict[str, Any]) -> nn.Module:
     """A backbone, freshly initialised, from what `describe_backbone` gave."""
-    name, config = description["name"], description["config"]
-    table = variants()
-    if name in table:
-        module = family_module(table[name])
-        backbone: nn.Module = module.build(
-            from_dict(type(module.VARIANTS[name]), config, where=f"{table[name]} config")
-        )
-        backbone.name = name
-    elif name.startswith("timm:"):
-        keep = {k: v for k, v in (config or {}).items() if k in ("num_classes", "in_chans")}
-        backbone = create_model(name, **keep)
-    else:
+    name = description["name"]
+    if name not in variants() and not name.startswith("timm:"):
         raise AdviceError(
-            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it "
-            "cannot be rebuilt "
+            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot be rebuilt "
             "from the file alone: load_model(path, backbone=YourBackbone(...))."
         )
-    for field in ("mean", "std"):
-        if description.get(field):
-            setattr(backbone, field, tuple(description[field]))
-    return backbone
+    return rebuild(description)
 
 
 def load_model(
