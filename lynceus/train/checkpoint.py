@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import lynceus
-from lynceus.backbones import FAMILIES, create_model
-from lynceus.backbones._table import family_module, variants
+from lynceus.backbones import FAMILIES
+from lynceus.backbones._hub import rebuild
+from lynceus.backbones._table import variants
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, MissingError
 from lynceus.tasks import task_class
