@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench._data import CIFAR10
 from lynceus.backbones.convnext_ladder import RUNGS, Ladder, narrow
 from lynceus.core.rng import borrowed, generator
-
-DATA = Path(__file__).resolve().parents[1] / "../shared/data/cifar10/train.parquet"
 
 
 @dataclass
@@ -120,7 +119,7 @@ def ladder(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="CIFAR-10 as parquet (img or image, label)")
+    parser.add_argument("--data", type=Path, default=CIFAR10, help="CIFAR-10 as parquet (img or image, label)")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=16)

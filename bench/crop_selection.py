@@ -23,6 +23,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.models import resnet18
 from torchvision.transforms.v2 import functional as tv
 
+from bench._data import CIFAR10, PHOTOS
 from lynceus.core.rng import generator
 from lynceus.core.types import as_float
 from lynceus.rewrite import crop_selection as cs
@@ -292,8 +293,8 @@ ITEMS = (cyclic_exactness, same_crop_rates, white_noise, trained_on_cifar, certi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", default="../shared/data/imagenet-sample")
-    parser.add_argument("--data", default="../shared/data/cifar10/train.parquet")
+    parser.add_argument("--photos", type=Path, default=PHOTOS)
+    parser.add_argument("--data", type=Path, default=CIFAR10)
     parser.add_argument("--only", type=int, nargs="+", default=list(range(1, 8)))
     parser.add_argument("--images-of-1", type=int, default=50)
     parser.add_argument("--rolls-of-1", type=int, default=50)

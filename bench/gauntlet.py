@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import lynceus.data
+from bench._data import CIFAR10 as IMAGES
+from bench._data import PHOTOS
 from lynceus.gauntlet.entries import enter, train_subject
 from lynceus.gauntlet.run import CIFAR10, GauntletConfig, gauntlet
 
@@ -26,8 +28,8 @@ RANDOM = ("timm:resnet18", "timm:vit_tiny_patch16_224")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/cifar10/train.parquet")
-    parser.add_argument("--photos", default="../shared/data/imagenet-sample")
+    parser.add_argument("--data", type=Path, default=IMAGES)
+    parser.add_argument("--photos", type=Path, default=PHOTOS)
     parser.add_argument("--course", choices=("scratch", "frozen", "both"), default="both")
     parser.add_argument("--models", nargs="+", default=["convnext_nano", "resnet_nano", "swin_nano", "vit_nano"])
     parser.add_argument("--steps", type=int, default=CIFAR10.steps)

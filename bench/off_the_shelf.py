@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench._data import CIFAR10, PHOTOS
 from bench._nets import ConvNet, RandomFilters
 from lynceus import data
 from lynceus.core.subject import Subject
@@ -220,8 +221,8 @@ def digits(cifar: data.Dataset, steps: int, out: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cifar", required=True, help="CIFAR-10 as a parquet file or an image folder")
-    parser.add_argument("--photos", required=True, help="a folder of photographs")
+    parser.add_argument("--cifar", type=Path, default=CIFAR10, help="CIFAR-10 as a parquet file or an image folder")
+    parser.add_argument("--photos", type=Path, default=PHOTOS, help="a folder of photographs")
     parser.add_argument(
         "--steps", type=int, default=4000, help="updates of 128 for the network, 10 minutes on one core"
     )

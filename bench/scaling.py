@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench._data import CIFAR10
 from bench._nets import build
 from lynceus import data
 from lynceus.gauntlet import fits
@@ -21,7 +22,7 @@ from lynceus.gauntlet.scaling import ScalingConfig, learning_curve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="CIFAR-10 as a parquet file or an image folder")
+    parser.add_argument("--data", type=Path, default=CIFAR10, help="CIFAR-10 as a parquet file or an image folder")
     parser.add_argument("--out", default="runs/scaling")
     parser.add_argument("--small", action="store_true", help="200 to 6400 images instead of 25600")
     parser.add_argument("--workers", type=int, default=1)

@@ -1,0 +1,33 @@
+"""`python -m bench [NAME ...]`: the measurements, one after the other; without names, those that need no images of yours."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ALONE = ("backbones", "swin", "data", "train", "reengineer")  # minutes each
+IMAGES = (
+    "crop_selection",
+    "gauntlet",
+    "off_the_shelf",
+    "scaling",
+    "convnext_ladder",
+)  # $LYNCEUS_TEST_DATA; up to an hour each
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(ALONE)
+    wrong = [n for n in names if n not in ALONE + IMAGES]
+    if wrong:
+        print(f"There is no bench {wrong[0]!r}; there are: {', '.join(ALONE + IMAGES)}.", file=sys.stderr)
+        return 2
+    for name in names:
+        print(
+            f"\n== {name}: {(Path(__file__).parent / f'{name}.py').read_text().splitlines()[0].strip(chr(34))}\n",
+            flush=True,
+        )
+        subprocess.run([sys.executable, "-m", f"bench.{name}"], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
