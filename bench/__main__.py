@@ -1,4 +1,4 @@
-"""`python -m bench [NAME ...]`: the measurements, one after the other; without names, those that need no images of yours."""
+"""`python -m bench [NAME ...]`: the measurements, one after the other; without names, those that need no images."""
 
 import subprocess
 import sys

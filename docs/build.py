@@ -1,4 +1,4 @@
-"""Writes the generated pages: docs/systems.md, the table in README.md, docs/cli.md. `--check` only says whether they are current."""
+"""Writes the generated pages: docs/systems.md, the table in README.md, docs/cli.md. `--check`: are they current?"""
 
 from __future__ import annotations
 
@@ -82,10 +82,12 @@ def pages() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     head, _, rest = readme.partition(START)
     _, _, tail = rest.partition(END)
+    systems = (
+        "# The sixty systems\n\nThe state is read from the code: a system is here when its files are.\n\n"
+        f"{table()}\n\n## Backbone families\n\n{families()}\n"
+    )
     return {
-        ROOT
-        / "docs/systems.md": "# The sixty systems\n\nThe state is read from the code: a system is here when its files are.\n\n"
-        f"{table()}\n\n## Backbone families\n\n{families()}\n",
+        ROOT / "docs/systems.md": systems,
         ROOT / "docs/cli.md": cli_page(),
         ROOT / "README.md": f"{head}{START}\n{short_table()}\n{END}{tail}",
     }
