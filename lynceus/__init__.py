@@ -55,7 +55,7 @@ _ROOMS = (
     "gauntlet",
 )
 
-__all__ = ["__version__", *_DOORS, *_ROOMS]  # noqa: PLE0604
+__all__ = ["__version__", *_DOORS, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The one table of families: family -> module. A family's module holds `VARIANTS: dict[str, Config]` and `build(config)`."""
+"""The one table of families: family -> module, which holds `VARIANTS: dict[str, Config]` and `build(config)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: `lynceus VERB ...`. Every verb is a Python function first; torch is imported only when work starts."""
+"""The command line: `lynceus VERB ...`. Every verb is a Python function first; torch is imported when work starts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = "\n".join(f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items())
     return (
-        f"lynceus {lynceus.__version__}: which vision model should I take for my images, can I trust it, and how do I make it "
-        f"small and fast?\n\nusage: lynceus VERB [options]     lynceus VERB --help\n\n{lines}\n\n"
+        f"lynceus {lynceus.__version__}: which vision model should I take for my images, can I trust it, and how do I "
+        f"make it small and fast?\n\nusage: lynceus VERB [options]     lynceus VERB --help\n\n{lines}\n\n"
         "Every verb is also a Python function; each run prints its Python twin at the end."
     )
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lynceus {verb}: {error}", file=sys.stderr)
     except PermissionError as error:
         print(
-            f"lynceus {verb}: no right to write {error.filename}. Choose another folder with --out FOLDER, or change the rights.",
+            f"lynceus {verb}: no right to write {error.filename}. Choose another folder with --out FOLDER, "
+            "or change the rights.",
             file=sys.stderr,
         )
     except BrokenPipeError:

@@ -22,7 +22,8 @@ def open_model(text: str, *, weights: Path | None = None, num_classes: int | Non
     if not text.startswith("timm:") and looks_like_path(text):
         if not Path(text).exists():
             raise MissingError(
-                f"There is no model at {Path(text).resolve()}. Give a run folder of `lynceus train`, or a name of `lynceus models`."
+                f"There is no model at {Path(text).resolve()}. Give a run folder of `lynceus train`, "
+                "or a name of `lynceus models`."
             )
         from lynceus.train.checkpoint import load_model
 

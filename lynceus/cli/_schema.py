@@ -1,4 +1,4 @@
-"""One schema for Python, flags and YAML: the library's own dataclasses, read from their source so that help needs no torch.
+"""One schema for Python, flags and YAML: the library's own dataclasses, read from source so that help needs no torch.
 
 `skeleton("lynceus.train.fit:FitConfig")` is a plain dataclass with the same fields, defaults and help texts, made from
 the source text alone; `real(value)` turns an instance of it into the library's class. Where the text is not enough (a
@@ -61,7 +61,7 @@ def _tree(module: str) -> tuple[ast.Module, list[str]]:
 
 @cache
 def skeleton(target: str) -> type:
-    """A dataclass with the fields of `target`, made from its source; the class itself where the source is not enough."""
+    """A dataclass with the fields of `target`, made from its source; the class itself where source is not enough."""
     try:
         return _from_source(target)
     except (NameError, SyntaxError, ValueError, AttributeError, TypeError, LookupError):
@@ -234,8 +234,9 @@ def _with_yaml(cls: type, values: dict[str, Any]) -> Any:
 
 
 def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested: str) -> type:
-    """`base` plus one field per nested configuration, whose flags carry no prefix: with_options(Options, fit="module:Class").
+    """`base` plus one field per nested configuration, whose flags carry no prefix.
 
+    nested: name="module:Class", as in with_options(Options, fit="lynceus.train.fit:FitConfig").
     defaults: instances of the real classes whose values take the place of the classes' own."""
     tree, lines = _tree(base.__module__)
     node = next(i for i in tree.body if isinstance(i, ast.ClassDef) and i.name == base.__name__)

@@ -33,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     check = CostCheck(size=options.size, batch=options.batch, threads=options.threads)
     report = check(Subject(model), [])
     line, expression = twin_of(options.model)
-    twin = f"{line}\nfrom lynceus import Subject\nfrom lynceus.core.cost import CostCheck\n\nprint({check!r}(Subject({expression}), []).table())"
+    twin = (
+        f"{line}\nfrom lynceus import Subject\nfrom lynceus.core.cost import CostCheck\n\n"
+        f"print({check!r}(Subject({expression}), []).table())"
+    )
     show(report, out=options.out, twin=twin)
     return 0

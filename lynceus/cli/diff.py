@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
         from lynceus.core.report import Report
 
         report = Report.load(options.a).against(Report.load(options.b))
-        twin = f"from lynceus import Report\n\nprint(Report.load({options.a!r}).against(Report.load({options.b!r})).table())"
+        a, b = f"Report.load({options.a!r})", f"Report.load({options.b!r})"
+        twin = f"from lynceus import Report\n\nprint({a}.against({b}).table())"
         show(report, out=options.out, twin=twin)
         return 0
     from lynceus.core.rng import borrowed, generator

@@ -15,8 +15,8 @@ from lynceus.cli._schema import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Writes model.pt2 (torch.export) and model.onnx with free batch, height and width where the model allows, runs both
-    beside the original, and refuses to call it exported when they differ."""
+    """Writes model.pt2 (torch.export) and model.onnx with free batch, height and width where the model allows, runs
+    both beside the original, and refuses to call it exported when they differ."""
 
     model: Positional[str]  # a name of `lynceus models`, timm:NAME, or a run folder
     size: tuple[int, int] | None = None  # height and width of the example; default: the size the model was made for
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     line, expression = twin_of(options.model, weights=options.weights)
     twin = (
         f"import torch\n{line}\nfrom lynceus.rewrite.export import export\n\n"
-        f"export({expression}, torch.rand{tuple(example.shape)!r}, {str(out)!r}, formats={formats!r}, tolerance={options.tolerance!r})"
+        f"export({expression}, torch.rand{tuple(example.shape)!r}, {str(out)!r}, formats={formats!r}, "
+        f"tolerance={options.tolerance!r})"
     )
     show(report, out=out, twin=twin)
     return 0

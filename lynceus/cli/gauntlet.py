@@ -20,13 +20,13 @@ NANOS = ("convnext_nano", "resnet_nano", "swin_nano", "vit_nano")
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Several models through one course under equal conditions, ranked, with an answer in words. A run that was
-    interrupted goes on with the same command. --preset demo or cifar10 sets other defaults."""
+    interrupted goes on with the same command. --preset demo or cifar10 sets other defaults.
+
+    models: names of `lynceus models`, timm:NAME, run folders, 'raw pixels', HOG, 'colour histogram'"""
 
     data: Positional[str] = "digits"  # digits, a folder with one folder per class, a .parquet, .csv or .json file
     test: str | None = None  # data to test on; default: the data's own test split, or a stratified share
-    models: tuple[str, ...] = (
-        NANOS  # names of `lynceus models`, timm:NAME, run folders, 'raw pixels', HOG, 'colour histogram'
-    )
+    models: tuple[str, ...] = NANOS
     engine: Literal["local", "ray"] = "local"  # where the work runs
     fresh: bool = False  # throw away what an earlier run left in the folder
     quiet: bool = False  # no progress and no table

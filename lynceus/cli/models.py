@@ -15,7 +15,8 @@ from lynceus.cli._schema import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Names that match a pattern, with parameters, levels, input size, the paper and the licence of the reference code."""
+    """Names that match a pattern, with parameters, levels, input size, the paper and the licence of the reference
+    code."""
 
     pattern: Positional[str] = "*"  # shell pattern: '*nano*', 'swin_*', 'timm:*convnext*'
     task: Literal["classify", "classification"] | None = None  # models that can do this task

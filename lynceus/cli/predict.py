@@ -19,7 +19,8 @@ TASKS = ("classify", "classification")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A row per picture on the screen; predictions.csv, one picture each with its answer, and report.html in the folder."""
+    """A row per picture on the screen; predictions.csv, one picture each with its answer, and report.html in the
+    folder."""
 
     model: Positional[str]  # the run folder of a trained model, or a .safetensors file of one
     source: Positional[str]  # a picture, a folder, or whatever `lynceus data` reads
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     if not looks_like_path(options.model):
         raise AdviceError(
             f"{options.model!r} is no run folder, and a fresh network knows nothing: train one with "
-            f"`lynceus train classify YOUR_IMAGES --model {options.model}`, then `lynceus predict runs/train/{options.model} SOURCE`."
+            f"`lynceus train classify YOUR_IMAGES --model {options.model}`, then "
+            f"`lynceus predict runs/train/{options.model} SOURCE`."
         )
     out = run_folder(options.out, "predict", Path(options.model).resolve().name)
     from lynceus.core.progress import track
@@ -52,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     line, expression = twin_of(options.model)
     twin = (
         f"{line}\nfrom lynceus.train.predict import predict\n\n"
-        f"for prediction in predict({expression}, {options.source!r}):\n    print(prediction.id, prediction.name, prediction.to_dict())"
+        f"for prediction in predict({expression}, {options.source!r}):\n"
+        "    print(prediction.id, prediction.name, prediction.to_dict())"
     )
     show(_report(found, getattr(model, "classes", None)), out=out, twin=twin, quiet=options.quiet)
     print(f"table: {(out / 'predictions.csv').resolve()}\npictures: {(out / 'pictures').resolve()}")

@@ -72,10 +72,11 @@ def main(argv: Sequence[str]) -> int:
         else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
     )
     twin = (
-        f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\nfrom lynceus.gauntlet.compare import compare\n"
-        "from lynceus.train.checkpoint import save_model\n\n"
-        f"model, example = {expression}, torch.rand(8, 3, {size[0]}, {size[1]})\nchanged = {rewrite!r}(model, example)\n"
-        f"save_model(changed, {str(out)!r})\nprint(compare(model, changed, {source}, example).table())"
+        f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\n"
+        "from lynceus.gauntlet.compare import compare\nfrom lynceus.train.checkpoint import save_model\n\n"
+        f"model, example = {expression}, torch.rand(8, 3, {size[0]}, {size[1]})\n"
+        f"changed = {rewrite!r}(model, example)\nsave_model(changed, {str(out)!r})\n"
+        f"print(compare(model, changed, {source}, example).table())"
     )
     show(report, out=out, twin=twin)
     print(f"\nthe changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         "label_smoothing": options.label_smoothing or None,
         "weights": str(options.weights) if options.weights else None,
     }
-    predictor, report = train_classifier(
+    _, report = train_classifier(
         dataset,
         options.model,
         config=config,
@@ -82,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     )
     show(report, out=out, twin=twin, quiet=options.fit.quiet)
     print(
-        f"\nnext:\n    lynceus predict {out} PICTURES\n    lynceus export {out}\n    lynceus train --config {out / 'options.yaml'} {options.task} {options.data}"
+        f"\nnext:\n    lynceus predict {out} PICTURES\n    lynceus export {out}\n"
+        f"    lynceus train --config {out / 'options.yaml'} {options.task} {options.data}"
     )
     return 0
 

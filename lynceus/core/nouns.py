@@ -1,12 +1,12 @@
 """The five nouns on one page. Backbone is a class (`lynceus.backbones.Backbone`); the other four are protocols here.
 
-| noun     | is                                                                      | gives                     |
-|----------|-------------------------------------------------------------------------|---------------------------|
-| Backbone | a network family: image -> pyramid of maps                              | a module                  |
-| Task     | what to predict: head, loss, decoding, metric                           | a predictor on any backbone |
-| Recipe   | how something is learned: one module whose forward returns a loss       | a trained module          |
-| Rewrite  | a function from model to model                                          | a changed model, the old one untouched |
-| Check    | a function from model and data to findings                              | a Report                  |
+| noun     | is                                                              | gives                                  |
+|----------|-----------------------------------------------------------------|----------------------------------------|
+| Backbone | a network family: image -> pyramid of maps                      | a module                               |
+| Task     | what to predict: head, loss, decoding, metric                   | a predictor on any backbone            |
+| Recipe   | how something is learned: a module whose forward returns a loss | a trained module                       |
+| Rewrite  | a function from model to model                                  | a changed model, the old one untouched |
+| Check    | a function from model and data to findings                      | a Report                               |
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Recipe(nn.Module):
 class Rewrite(Protocol):
     """A frozen dataclass of options with __call__: model in, changed model out, the old one untouched.
 
-    `example` is a batch of pixels in [0, 1] that the model accepts; None where it is rebuilt from a file. The module made
-    has the attributes `rewrite` (this) and `original` (the module changed), which is all that its file needs to hold
-    besides the weights."""
+    `example` is a batch of pixels in [0, 1] that the model accepts; None where it is rebuilt from a file. The module
+    made has the attributes `rewrite` (this) and `original` (the module changed), which is all that its file needs to
+    hold besides the weights."""
 
     def __call__(self, model: nn.Module, example: Tensor | None) -> nn.Module: ...
 

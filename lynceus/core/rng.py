@@ -1,4 +1,4 @@
-"""Randomness is passed, not hidden: seeds are derived by name, generators are explicit, global state is only borrowed."""
+"""Randomness is passed, not hidden: seeds are derived by name, generators explicit, global state is only borrowed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def numpy_generator(seed: int, *keys: Any) -> np.random.Generator:
 
 @contextmanager
 def borrowed(seed: int, *keys: Any) -> Iterator[None]:
-    """Seeds Python, numpy and torch inside the block, for code that only knows global state, and gives it back after."""
+    """Seeds Python, numpy and torch inside the block, for code that only knows global state; gives it back after."""
     state = capture()
     value = derive(seed, *keys)
     random.seed(value)

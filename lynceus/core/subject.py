@@ -41,8 +41,8 @@ def owns_pixels(model: Any) -> bool:
 class Subject:
     """A model as checks see it: RGB in [0, 1], any size, normalisation inside.
 
-    model: a Task's module or another Subject (they normalise themselves), a Backbone or timm model (its own mean and std
-      are used), or any callable on (b, 3, h, w) pixels. `mean`/`std` given here override.
+    model: a Task's module or another Subject (they normalise themselves), a Backbone or timm model (its own mean and
+      std are used), or any callable on (b, 3, h, w) pixels. `mean`/`std` given here override.
     size: the side or (h, w) that images are resized to before the model; None leaves them as they are.
     classes: names of the outputs. needs_grad: False runs under inference mode; checks that ask for gradients refuse it.
     features: for a callable that is no module, a function image -> list of feature maps or vectors.
@@ -85,8 +85,8 @@ class Subject:
                 getattr(inner, "mean", None) or config.get("mean", IMAGENET_MEAN),
                 getattr(inner, "std", None) or config.get("std", IMAGENET_STD),
             )
-        self.normalise = normalise
-        self.size = (size, size) if isinstance(size, int) else size
+        self.normalise: Normalise | None = normalise
+        self.size: tuple[int, int] | None = (size, size) if isinstance(size, int) else size
         self.classes: list[str] | None = (
             list(classes) if classes else list(getattr(inner, "classes", None) or []) or None
         )

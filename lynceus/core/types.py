@@ -29,8 +29,8 @@ class Sample:
     """One image and whatever is known about it; tasks read what they need.
 
     `image` is RGB: uint8 in 0..255 or float in [0, 1]. Boxes are xyxy in pixels. `label` is a class index, or a
-    multi-hot (k,) tensor. `classes` are the class indices of `boxes`/`masks`. `segments` is a class or instance map with
-    255 ignored. Invalid depth is nan. Everything else rides in `extra`.
+    multi-hot (k,) tensor. `classes` are the class indices of `boxes`/`masks`. `segments` is a class or instance map
+    with 255 ignored. Invalid depth is nan. Everything else rides in `extra`.
     """
 
     image: UInt8[Tensor, "3 h w"] | Float[Tensor, "3 h w"]
@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """Samples stacked: images (b, 3, h, w), zero-padded right and bottom when their sizes differ (`sizes` keeps theirs).
+    """Samples stacked: images (b, 3, h, w), zero-padded right and bottom if their sizes differ (`sizes` keeps theirs).
 
     `label` is (b,) int64, (b, k) float for multi-hot or mixed labels, or None when no sample has one; a sample without
     a label inside a labelled batch has -1. Ragged fields stay lists of one entry per sample.

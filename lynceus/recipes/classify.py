@@ -24,8 +24,8 @@ NANO = 64  # side at which the nano variants see photographs; small enough for m
 
 
 def view_of(data: Dataset, backbone: nn.Module, size: int | None) -> int:
-    """The side at which a backbone sees these images: `size`; 0 (as they are) when they all are one small size in memory;
-    else 64 for nano variants and the size that the variant was made for."""
+    """The side at which a backbone sees these images: `size`; 0 (as they are) when they all are one small size in
+    memory; else 64 for nano variants and the size that the variant was made for."""
     if size is not None:
         return size
     if data.images is not None:
@@ -38,8 +38,8 @@ def view_of(data: Dataset, backbone: nn.Module, size: int | None) -> int:
 
 
 def recipe_config(preset: str, view: int, changes: dict[str, Any] | None = None) -> SupervisedConfig:
-    """The augmentation of a preset at a size. "auto": random resized crops and flips where images must be brought to one
-    size, nothing where they are small and equal (digits must not be mirrored)."""
+    """The augmentation of a preset at a size. "auto": random resized crops and flips where images must be brought to
+    one size, nothing where they are small and equal (digits must not be mirrored)."""
     if preset == "auto":
         config = replace(PHOTO, view=view) if view else PRESETS["plain"]
     elif preset in PRESETS:
@@ -67,8 +67,8 @@ def train_classifier(
 ) -> tuple[nn.Module, Report]:
     """Trains `model` on labelled images; gives the predictor (pixels in [0, 1] in, logits out) and the Report.
 
-    data: a Dataset, or whatever data.open takes. held_out: a Dataset to evaluate on, or the share of `data` set aside (the
-      format's own val or test split is used where there is one).
+    data: a Dataset, or whatever data.open takes. held_out: a Dataset to evaluate on, or the share of `data` set aside
+      (the format's own val or test split is used where there is one).
     model: a name, or a backbone of your own. weights: a checkpoint to start from; its head is replaced.
     size: side of the square that images are brought to; None decides by the images and the model.
     preset: augmentation. augment: fields of SupervisedConfig that differ from the preset.
@@ -79,7 +79,8 @@ def train_classifier(
     data = open_dataset(data) if not isinstance(data, Dataset) else data
     if not data.classes:
         raise AdviceError(
-            f"{data.origin} has no labels, so there is nothing to learn. Give each class its own folder: photos/cat, photos/dog."
+            f"{data.origin} has no labels, so there is nothing to learn. "
+            "Give each class its own folder: photos/cat, photos/dog."
         )
     if isinstance(held_out, Dataset):
         train, test = data, held_out

@@ -169,8 +169,8 @@ def build_backbone(description: dict[str, Any]) -> nn.Module:
     name = description["name"]
     if name not in variants() and not name.startswith("timm:"):
         raise AdviceError(
-            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot be rebuilt "
-            "from the file alone: load_model(path, backbone=YourBackbone(...))."
+            f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot "
+            "be rebuilt from the file alone: load_model(path, backbone=YourBackbone(...))."
         )
     return rebuild(description)
 

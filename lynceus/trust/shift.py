@@ -47,8 +47,8 @@ class ShiftConsistency:
     kind: "realistic" (the camera moves), "cyclic" (the picture is rolled), or "both", side by side.
     radius, around: shifts of `radius` pixels in "4" or "8" directions, or "all" up to `radius`.
     view: side n of what the model sees, None: the stored side less twice the radius (or the subject's own size).
-    stored: images are first resized to this short side and cut square; None: the model's own size and room to move if it
-      has one, else images must be of one size.
+    stored: images are first resized to this short side and cut square; None: the model's own size and room to move if
+      it has one, else images must be of one size.
     embedding: True reads the outputs as vectors: cosine similarity, and whether the nearest neighbour changes. False
       reads them as classes. features: with classes, also looks at the vectors before the classifier.
     extend: repeats the border pixels this far, for pictures whose surroundings nobody knows: views can then be whole.

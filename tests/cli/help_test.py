@@ -1,4 +1,4 @@
-"""Help never imports torch, names every option with a text, and every verb is reachable; mistakes end with advice and 2."""
+"""Help never imports torch, names every option with a text, and every verb is reachable; mistakes end with 2."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The mistakes of a first hour: each gets one paragraph and exit code 2; what only looks like a mistake simply works."""
+"""The mistakes of a first hour: each gets one paragraph and exit code 2; what only looks like one works."""
 
 import json
 import shutil
@@ -195,7 +195,8 @@ def test_camera_is_said_to_be_unknown(trained, tmp_path, capsys):
 def test_loss_of_ones_own(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_losses.py").write_text(
-        "def half(raw, batch):\n    return {'loss': raw.square().mean()}\n\ndef bare(raw, batch):\n    return raw.mean()\n"
+        "def half(raw, batch):\n    return {'loss': raw.square().mean()}\n\n"
+        "def bare(raw, batch):\n    return raw.mean()\n"
     )
     run = ["train", "classify", "digits", "--limit", "40", *TRAIN]
     works(capsys, [*run, "--loss", "my_losses:half", "--out", "a"])

@@ -1,4 +1,4 @@
-"""A skeleton made from source is the class itself: same fields, same defaults, for every class the command line shows."""
+"""A skeleton made from source is the class itself: same fields and defaults, for every class the command line shows."""
 
 import dataclasses
 

@@ -61,7 +61,7 @@ def test_wrong_kinds_are_refused(values):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(MissingError, match="nothing.yaml"):
+    with pytest.raises(MissingError, match=r"nothing\.yaml"):
         load_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(AdviceError, match="not valid YAML"):
