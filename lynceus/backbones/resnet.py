@@ -186,7 +186,8 @@ class ResNet(Backbone):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(m, Block) and self.config.zero_init_residual:
-                nn.init.zeros_((m.bn3 if isinstance(m, Bottleneck) else m.bn2).weight)  # type: ignore[union-attr]
+                last: Any = m.bn3 if isinstance(m, Bottleneck) else m.bn2
+                nn.init.zeros_(last.weight)
 
     def train(self, mode: bool = True) -> ResNet:
         self.folds.forget()

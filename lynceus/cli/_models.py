@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lynceus.core.errors import MissingError
 
@@ -31,6 +31,14 @@ def open_model(text: str, *, weights: Path | None = None, num_classes: int | Non
     from lynceus.backbones import create_model
 
     return create_model(text, weights=weights, **({} if num_classes is None else {"num_classes": num_classes}))
+
+
+def size_of(model: nn.Module, wanted: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of an example for `model`: what is wanted, else what the model was made for."""
+    inner = getattr(model, "backbone", model)
+    size: Any = wanted or getattr(model, "image_size", None) or getattr(inner, "input_size", (224, 224))
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def twin_of(text: str, *, weights: Path | None = None, num_classes: int | None = None) -> tuple[str, str]:

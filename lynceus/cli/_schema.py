@@ -112,15 +112,17 @@ def _from_source(target: str) -> type:
             if not isinstance(value, dataclasses.Field):
                 immutable = value.__class__.__hash__ is not None
                 value = (
-                    dataclasses.field(default=value)
-                    if immutable
-                    else dataclasses.field(default_factory=lambda v=value: v)
+                    dataclasses.field(default=value) if immutable else dataclasses.field(default_factory=_always(value))
                 )
             fields.append((item.target.id, hint, value))
     made = dataclasses.make_dataclass(name, fields, bases=bases, frozen=True, kw_only=True)
     made.__doc__ = doc
     made.__lynceus__ = target  # type: ignore[attr-defined]
     return made
+
+
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 def _without_functions(hint: Any) -> Any:
@@ -243,11 +245,12 @@ def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested
     helps, doc = _helps(node, lines)
     hints = typing.get_type_hints(base, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
+    unprefixed: Any = tyro.conf.OmitArgPrefixes
     for f in dataclasses.fields(base):
         hint = typing.Annotated[hints[f.name], tyro.conf.arg(help=helps[f.name])] if f.name in helps else hints[f.name]
         fields.append((f.name, hint, _same(f)))
     for name, target in nested.items():
-        made = _without(skeleton(target), {f.name for f in dataclasses.fields(base)})
+        made: Any = _without(skeleton(target), {f.name for f in dataclasses.fields(base)})
         start = (defaults or {}).get(name)
         known = {f.name for f in dataclasses.fields(made)}
         blank = dataclasses.field()
@@ -255,7 +258,7 @@ def with_options(base: type, *, defaults: dict[str, Any] | None = None, **nested
             blank = dataclasses.field(default=from_dict(made, {k: v for k, v in to_dict(start).items() if k in known}))
         elif not _required(made):
             blank = dataclasses.field(default=made())
-        fields.append((name, tyro.conf.OmitArgPrefixes[made], blank))
+        fields.append((name, unprefixed[made], blank))
     out = dataclasses.make_dataclass(base.__name__, fields, frozen=True, kw_only=True)
     out.__doc__ = doc
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_model, twin_of
+from lynceus.cli._models import open_model, size_of, twin_of
 from lynceus.cli._run import show
 from lynceus.cli._schema import parse
 
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
         from lynceus.core.report import Report
 
         report = Report.load(options.a).against(Report.load(options.b))
-        a, b = f"Report.load({options.a!r})", f"Report.load({options.b!r})"
-        twin = f"from lynceus import Report\n\nprint({a}.against({b}).table())"
+        pair = f"Report.load({options.a!r}).against(Report.load({options.b!r}))"
+        twin = f"from lynceus import Report\n\nprint({pair}.table())"
         show(report, out=options.out, twin=twin)
         return 0
     from lynceus.core.rng import borrowed, generator
@@ -47,10 +47,7 @@ def main(argv: Sequence[str]) -> int:
         b = open_model(options.b, weights=options.weights_b or options.weights_a)
     import torch
 
-    inner = getattr(a, "backbone", a)
-    size = options.size or getattr(a, "image_size", None) or getattr(inner, "input_size", (224, 224))
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    images = torch.rand(2, 3, *size, generator=generator(options.seed, "diff"), dtype=torch.float64)
+    images = torch.rand(2, 3, *size_of(a, options.size), generator=generator(options.seed, "diff"), dtype=torch.float64)
     report = diff(a, b, images, tolerance=options.tolerance)
     first, second = (
         twin_of(options.a, weights=options.weights_a),

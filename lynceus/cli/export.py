@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_model, twin_of
+from lynceus.cli._models import open_model, size_of, twin_of
 from lynceus.cli._run import run_folder, show
 from lynceus.cli._schema import parse
 
@@ -33,15 +33,15 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from lynceus.core.errors import AdviceError
-    from lynceus.rewrite.export import export
+    from lynceus.rewrite.export import Format, export
 
-    formats = tuple(name for name, wanted in (("torch", options.torch), ("onnx", options.onnx)) if wanted)
+    wanted: dict[Format, bool] = {"torch": options.torch, "onnx": options.onnx}
+    formats = tuple(name for name in wanted if wanted[name])
     if not formats:
         raise AdviceError("Nothing to write: --no-onnx and --no-torch leave no format.")
     model = open_model(options.model, weights=options.weights)
     inner = getattr(model, "backbone", model)
-    size = options.size or getattr(model, "image_size", None) or getattr(inner, "input_size", (224, 224))
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = size_of(model, options.size)
     example = torch.rand(2, getattr(getattr(inner, "config", None), "in_chans", 3), *size)
     report = export(model, example, out, formats=formats, tolerance=options.tolerance)
     line, expression = twin_of(options.model, weights=options.weights)

@@ -38,7 +38,7 @@ Formula = Callable[..., int]  # (operator's arguments, its output) -> floating-p
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     q, k, v = args[:3]
     *lead, n, d = q.shape
-    return 2 * math.prod(lead) * n * k.shape[-2] * (d + v.shape[-1])
+    return int(2 * math.prod(lead) * n * k.shape[-2] * (d + v.shape[-1]))
 
 
 def _fft(half: bool) -> Formula:
@@ -56,12 +56,12 @@ def _fft(half: bool) -> Formula:
 
 
 def _cdist(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    return 2 * out.numel() * args[0].shape[-1]
+    return int(2 * out.numel() * args[0].shape[-1])
 
 
 def _vector(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     matrix = args[0] if args[0].ndim == 2 else args[1]
-    return 2 * matrix.numel()
+    return int(2 * matrix.numel())
 
 
 OURS: dict[Any, Formula] = {

@@ -47,7 +47,7 @@ def capture() -> dict[str, Any]:
     version, internal, gauss_next = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss_next],
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
+        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -169,5 +169,7 @@ class Subject:
 
 def _pooled(model: Any, final: Tensor) -> Tensor:
     if hasattr(model, "pool"):
-        return model.pool(final)
-    return model.forward_head(final, pre_logits=True)
+        vector: Tensor = model.pool(final)
+    else:
+        vector = model.forward_head(final, pre_logits=True)
+    return vector

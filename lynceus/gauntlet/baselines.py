@@ -6,6 +6,7 @@ HOG: Dalal and Triggs, CVPR 2005. Each is a Subject whose features are a fixed f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -57,7 +58,7 @@ def _shares(index: Tensor, count: int) -> Tensor:
 FUNCTIONS = {"raw pixels": pixels, "HOG": hog, "colour histogram": colours}
 
 
-def _as_list(function, image: Tensor) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _as_list(function: Callable[[Tensor], Tensor], image: Tensor) -> list[Tensor]:
     return [function(image)]
 
 

@@ -185,6 +185,7 @@ class _Learner(Recipe):
         return dataclasses.replace(batch, image=image)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.label is not None  # the gauntlet takes labelled data only
         return {"loss": F.cross_entropy(self.model(self.prepare(batch.pixels())), batch.label)}
 
     def export(self) -> nn.Module:

@@ -244,10 +244,10 @@ def _own_backbone(entry: Entry, seed: int, classes: Sequence[str]) -> nn.Module 
     if entry.kind == "name":
         return None
     module = entry.module(seed, len(classes))
-    module = getattr(module, "backbone", module)
-    if getattr(module, "num_classes", None) != len(classes) and hasattr(module, "reset_classifier"):
-        module.reset_classifier(len(classes))
-    return module
+    backbone: Any = getattr(module, "backbone", module)
+    if getattr(backbone, "num_classes", None) != len(classes) and hasattr(backbone, "reset_classifier"):
+        backbone.reset_classifier(len(classes))
+    return backbone
 
 
 def as_subject(model: nn.Module, name: str, config: GauntletConfig) -> Subject:

@@ -177,7 +177,8 @@ class Extractor:
         if not isinstance(model, nn.Module):
             raise AdviceError(f"{self.subject.name} is a plain function: it has no inner layers, leave layer=None.")
         named = dict(model.named_modules())
-        inner = dict(model.backbone.named_modules()) if isinstance(getattr(model, "backbone", None), nn.Module) else {}
+        backbone = getattr(model, "backbone", None)
+        inner = dict(backbone.named_modules()) if isinstance(backbone, nn.Module) else {}
         found = named.get(layer, inner.get(layer))
         if found is None or layer == "":
             raise unknown("layer", layer, [n for n in [*inner, *named] if n])
@@ -397,7 +398,7 @@ def labelled(features: Features) -> Features:
         )
     if features.labels.ndim == 1:
         features = features.take(np.flatnonzero(features.labels >= 0)) if (features.labels < 0).any() else features
-        if len(np.unique(features.labels)) < 2:
+        if len(np.unique(np.asarray(features.labels))) < 2:
             raise AdviceError(f"{features.name} has a single class; a probe needs at least two.")
     return features
 

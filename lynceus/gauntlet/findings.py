@@ -149,7 +149,12 @@ def _capacity(report: Report, curve: LearningCurve, found: dict[str, fits.Fit]) 
     half = gap.shape[1] // 2
     growth = gap[:, half:].mean(1) - gap[:, :half].mean(1)
     mean, seeds = float(growth.mean()), len(growth)
-    row = {"kind": "capacity", "capacity": f"{large} - {small}", "slope ratio": ratio, "ratio_low": float(low)}
+    row: dict[str, Any] = {
+        "kind": "capacity",
+        "capacity": f"{large} - {small}",
+        "slope ratio": ratio,
+        "ratio_low": float(low),
+    }
     row |= {
         "ratio_high": float(high),
         "gap small n": float(gap[:, :half].mean()),

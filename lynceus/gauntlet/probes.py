@@ -74,16 +74,18 @@ class Probe:
 
 
 def _classes(train: Features, test: Features) -> int:
-    if np.asarray(train.labels).ndim == 2:
-        return int(np.asarray(train.labels).shape[1])
+    ours, theirs = np.asarray(train.labels), np.asarray(test.labels)
+    if ours.ndim == 2:
+        return int(ours.shape[1])
     known = len(train.classes) if train.classes else 0
-    return max(known, int(np.max(train.labels)) + 1, int(np.max(test.labels)) + 1)
+    return max(known, int(ours.max()) + 1, int(theirs.max()) + 1)
 
 
 def _describe(report: Report, train: Features, test: Features, chosen: dict[str, float]) -> Report:
     report.summary |= chosen
     report.notes.append(f"{len(train)} training and {len(test)} test vectors of {train.vectors.shape[-1]} numbers.")
-    missing = set(np.unique(test.labels)) - set(np.unique(train.labels)) if np.asarray(test.labels).ndim == 1 else set()
+    ours, theirs = np.asarray(train.labels), np.asarray(test.labels)
+    missing = set(np.unique(theirs)) - set(np.unique(ours)) if theirs.ndim == 1 else set()
     if missing:
         report.notes.append(
             f"{len(missing)} classes of the test set have no training image; the probe cannot name them."
@@ -238,7 +240,7 @@ def divided(data: Any, test_fraction: float, seed: int) -> tuple[Any, Any]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], Sample):
         return data[0], data[1]
     samples = [s for chunk in batches(data, 256) for s in chunk if s.label is not None]
-    labels = [s.label for s in samples]
+    labels = [s.label for s in samples if s.label is not None]
     multi = any(isinstance(v, Tensor) and v.ndim for v in labels)
     values = np.stack([np.asarray(v) for v in labels]) if multi else np.array([int(v) for v in labels])
     rest, taken = stratified(values, test_fraction, seed=seed)
@@ -384,9 +386,10 @@ class LinearProbe(Probe):
 
     def _lars(self, x: Tensor, y: Tensor, classes: int, lr: float, seed: int) -> Any:
         with borrowed(seed, "linear probe"):
-            probe = nn.Sequential(nn.BatchNorm1d(x.shape[-1], affine=False, eps=1e-6), nn.Linear(x.shape[-1], classes))
-            nn.init.trunc_normal_(probe[1].weight, std=0.01)
-            nn.init.zeros_(probe[1].bias)
+            linear = nn.Linear(x.shape[-1], classes)
+            nn.init.trunc_normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+        probe = nn.Sequential(nn.BatchNorm1d(x.shape[-1], affine=False, eps=1e-6), linear)
         size, draw = min(self.batch_size, len(x)), generator(seed, "probe batches")
         per_epoch = -(-len(x) // size)
         peak, warm, total = lr * size / 256, self.warmup * per_epoch, self.epochs * per_epoch

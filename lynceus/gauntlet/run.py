@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError, unknown
@@ -267,7 +268,7 @@ def divide(data: Any, config: GauntletConfig, entries: Sequence[Entry]) -> tuple
             raise AdviceError(f"The gauntlet needs a label for every picture; {part.name} lacks some.")
     if train.classes != test.classes:
         raise AdviceError(f"Training and test pictures have other classes: {train.classes} and {test.classes}.")
-    if len(set(train.labels.tolist())) < 2:
+    if train.labels is not None and len(set(train.labels.tolist())) < 2:
         raise AdviceError(f"{train.name} has a single class; a comparison of classifiers needs at least two.")
     size = config.size
     if size is None and train.images is None:
@@ -292,7 +293,8 @@ def in_memory(data: Any, size: int | None) -> Any:
         raise AdviceError(
             f"{len(data)} pictures of {size} x {size} do not fit into 2 GB; use limit= or a smaller size=."
         )
-    parts, kept = [], []
+    parts: list[Tensor] = []
+    kept: list[int] = []
     for start in range(0, len(data), 256):
         if data.images is not None:
             x = data.images[start : start + 256].float() / 255

@@ -69,7 +69,8 @@ class Folds:
         if entry is None or entry.stamp != stamp:
             with torch.inference_mode(False), torch.no_grad():
                 kernel, bias = fold(conv, bn)
-                kernel = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's size
+                kernel = reorder(
                     kernel.contiguous().to_mkldnn(),
                     list(conv.padding),
                     list(conv.stride),

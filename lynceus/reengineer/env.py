@@ -66,7 +66,7 @@ def snapshot() -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+        "cudnn": str(torch.backends.cudnn.version()),
         "cudnn benchmark": str(torch.backends.cudnn.benchmark),
         "cudnn deterministic": str(torch.backends.cudnn.deterministic),
         "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
