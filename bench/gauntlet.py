@@ -52,7 +52,7 @@ def scratch(options: argparse.Namespace) -> dict[str, object]:
     report = gauntlet(options.models, lynceus.data.open(options.data), config=config, out=options.out / "scratch")
     print(report.table())
     print(f"scratch: {time.monotonic() - start:.0f} s in this call")
-    return {"rows": report.rows, "notes": report.notes}
+    return {"answer": report.answer, "rows": report.rows, "notes": report.notes}
 
 
 def frozen(options: argparse.Namespace) -> dict[str, object]:
@@ -75,7 +75,7 @@ def frozen(options: argparse.Namespace) -> dict[str, object]:
     checks = sanity(options.out / "frozen")
     for text, holds in checks.items():
         print(f"{'holds' if holds else 'FAILS'}: {text}")
-    return {"rows": report.rows, "notes": report.notes, "seconds": seconds, "sanity": checks}
+    return {"answer": report.answer, "rows": report.rows, "notes": report.notes, "seconds": seconds, "sanity": checks}
 
 
 def trained_subjects(options: argparse.Namespace, data) -> list[tuple[str, Path]]:

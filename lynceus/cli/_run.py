@@ -39,7 +39,7 @@ def show(
     if command is not None:
         report.environment.setdefault("command", "lynceus " + " ".join(command))
     if twin:
-        report.environment.setdefault("python", twin)
+        report.environment.setdefault("twin", twin)
     if not quiet:
         print(report.table())
     if out is not None:

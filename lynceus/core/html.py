@@ -32,11 +32,12 @@ def page(report: Report) -> str:
             pictures.append({"title": title(name), "data": base64.b64encode(data).decode()})
     stamps = {k: v for k, v in report.environment.items() if k not in CODE and "\n" not in v}
     codes = {k: v for k, v in report.environment.items() if k in CODE or "\n" in v}
-    return _template().render(
+    text: str = _template().render(
         name=report.name,
         when=" · ".join(f"seed {stamps[k]}" if k == "seed" else stamps[k] for k in WHEN if k in stamps),
         cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
         notes=report.notes,
+        answer=report.answer,
         drawings=drawings,
         pictures=pictures,
         table=table(report.rows),
@@ -44,11 +45,12 @@ def page(report: Report) -> str:
         codes=[{"title": CODE.get(k, k), "text": v} for k, v in codes.items()],
         plotly=_script_safe_js(plotly_script()) if drawings else "",
     )
+    return text
 
 
 def fragment(report: Report) -> str:
     """Name, summary and the first rows, for a notebook's output."""
-    return (
+    text: str = (
         _environment()
         .get_template("fragment")
         .render(
@@ -57,8 +59,10 @@ def fragment(report: Report) -> str:
             table=table(report.rows[:SHOWN]),
             more=max(0, len(report.rows) - SHOWN),
             notes=report.notes,
+            answer=report.answer,
         )
     )
+    return text
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, Any]:

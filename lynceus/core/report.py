@@ -27,6 +27,7 @@ class Report:
     ".png" a picture (`lynceus.core.plots` makes both). arrays: name -> numpy array, kept beside the report.
     environment: versions, device, seed, commit; also "command" and "twin" (the same in Python), shown as code.
     notes: sentences that the reader must know (what was skipped, what does not hold).
+    answer: the finding in a sentence, where there is one; it stands on top.
     """
 
     name: str
@@ -36,10 +37,13 @@ class Report:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=lambda: environment())
     notes: list[str] = field(default_factory=list)
+    answer: str = ""
 
     def table(self, *, width: int | None = None) -> str:
         """Name, summary, rows and notes as text of at most `width` columns (default: the terminal's, else 120)."""
         parts = [self.name]
+        if self.answer:
+            parts.append(self.answer)
         if self.summary:
             side = max(len(k) for k in self.summary)
             parts.append("\n".join(f"  {k:<{side}}  {number(v)}" for k, v in self.summary.items()))
@@ -92,6 +96,7 @@ class Report:
             "summary": self.summary,
             "rows": self.rows,
             "notes": self.notes,
+            "answer": self.answer,
             "environment": self.environment,
             "arrays": {k: base64.b64encode(_npy(v)).decode() for k, v in self.arrays.items()},
             "figures": {k: base64.b64encode(v).decode() for k, v in self.figures.items()},

@@ -97,7 +97,8 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
         )
         row["verdict"] = verdicts.get(name, "")
         report.rows.append(row)
-    report.notes = [answer(order, values, allmean, verdicts, main, config), f"Data: {data}. {budget(config)}"]
+    report.answer = answer(order, values, allmean, verdicts, main, config)
+    report.notes = [f"Data: {data}. {budget(config)}"]
     if ranking is not None:
         report.notes += tables.pool_notes(ranking)
         report.summary = {f"mean z, {n}": float(ranking.score(n)) for n in ranking.subjects}

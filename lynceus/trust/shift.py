@@ -129,7 +129,7 @@ def shift(
         report.notes.append(
             f"Nothing is known beyond the pictures: their border pixels were repeated {extend} px outwards."
         )
-    size = _view(subject, images, view, reach)
+    size = _view(subject, images, view, (0, 0) if kind == "cyclic" else reach)
     if subject.size is not None and tuple(subject.size) != size:
         report.notes.append(f"The subject resizes views of {size} to {subject.size} after the shift.")
     kinds = ("realistic", "cyclic") if kind == "both" else (kind,)

@@ -73,7 +73,8 @@ def test_markup_in_text_is_text():
 
 
 def test_table_tells_summary_and_notes():
-    text = report(summary={"accuracy": 0.5}, notes=["one was skipped"]).table()
+    text = report(summary={"accuracy": 0.5}, notes=["one was skipped"], answer="Take it.").table()
+    assert text.index("Take it.") < text.index("accuracy")
     assert "accuracy  0.5000" in text
     assert "Note: one was skipped" in text
 

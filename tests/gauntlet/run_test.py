@@ -54,8 +54,8 @@ def test_a_report_of_everything(first):
             "params",
             "ms, batch 8",
         } <= set(row)
-    assert report.notes[0].startswith("Take HOG: accuracy")
-    assert "Equal budget: 4 steps of 32" in report.notes[1]
+    assert report.answer.startswith("Take HOG: accuracy")
+    assert "Equal budget: 4 steps of 32" in report.notes[0]
     assert {"accuracy and cost.plotly", "z-scores.plotly", "seeds.plotly", "learning curves.plotly"} <= set(
         report.figures
     )
@@ -221,7 +221,7 @@ def test_frozen_features_of_modules_functions_and_names(digits, tmp_path):
         )
     best = {r["subject"]: r["kNN"] for r in report.rows}
     assert best["raw pixels"] > best["vit_nano"] > 0.15  # a random network knows less of digits than their pixels
-    assert report.notes[0].startswith("Take ")
+    assert report.answer.startswith("Take ")
 
 
 def test_trained_weights_come_back_and_are_tuned_further(digits, tmp_path):
