@@ -127,8 +127,8 @@ def gauntlet(
       feature functions; run folders of trained models; (label, any of these) and (name, weights file).
     data: a labelled Dataset (its own test split, or a stratified one), or a pair (train, test).
     out: keeps cells, trained weights and the report; a later call continues there. resume=False starts it anew.
-    Report: rows by rank; arrays "z", "spearman"; figures accuracy vs cost, z-scores, seeds, learning curves; notes[0]
-      is the answer in words.
+    Report: rows by rank; arrays "z", "spearman"; figures accuracy vs cost, z-scores, seeds, learning curves; `answer`
+      says it in words.
     """
     config = config or GauntletConfig()
     entries = enter(models)
