@@ -78,8 +78,9 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def label(name: str) -> str:
-    """top1_accuracy -> top1 accuracy."""
-    return name.replace("_", " ")
+    """top1_accuracy -> top1 accuracy; words behind a comma are a name and stay: "accuracy, swin_nano"."""
+    first, comma, rest = name.partition(",")
+    return first.replace("_", " ") + comma + rest
 
 
 def title(name: str) -> str:

@@ -108,7 +108,6 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
     if any(STATIONS[c["station"]].noisy for c in cells):
         report.notes.append("Times (ms) depend on the machine and the moment; they do not count in the ranking.")
     report.summary |= {f"{main}, {n}": float(np.mean(v)) for n, v in values.items() if v}
-    report.summary["seconds of all cells"] = float(sum(c["seconds"] for c in cells))
     draw(report, cells, order, values, allmean, ranking, main)
     return report
 
