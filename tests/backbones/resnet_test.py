@@ -57,21 +57,21 @@ def test_agrees_with_the_authors_record(path):
 
 
 @pytest.mark.parametrize(
-    ("factory", "options", "size"),
+    ("block", "layers", "options", "size"),
     [
-        ("resnet18", {}, (129, 97)),
-        ("resnet34", {"num_classes": 5}, (64, 64)),
-        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}, (97, 65)),
-        ("resnet50", {"replace_stride_with_dilation": [True, True, True]}, (64, 64)),
-        ("resnet50", {"replace_stride_with_dilation": [False, True, False]}, (65, 64)),
-        ("resnext50_32x4d", {}, (64, 64)),
-        ("wide_resnet50_2", {}, (33, 64)),
-        ("resnet50", {"groups": 4, "width_per_group": 24}, (64, 64)),
+        ("BasicBlock", (2, 2, 2, 2), {}, (129, 97)),
+        ("BasicBlock", (3, 4, 6, 3), {"num_classes": 5}, (64, 64)),
+        ("Bottleneck", (3, 4, 6, 3), {"replace_stride_with_dilation": [False, True, True]}, (97, 65)),
+        ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [True, True, True]}, (64, 64)),
+        ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [False, True, False]}, (65, 64)),
+        ("Bottleneck", (2, 1, 2, 1), {"groups": 32, "width_per_group": 4}, (64, 64)),
+        ("Bottleneck", (1, 2, 1, 1), {"width_per_group": 128}, (33, 64)),
+        ("Bottleneck", (1, 1, 2, 1), {"groups": 4, "width_per_group": 24}, (64, 64)),
     ],
 )
-def test_every_option_agrees_with_torchvision(factory, options, size):
-    theirs = fill(torchvision.models.get_model(factory, weights=None, **options))
-    ours = keys.build({"factory": factory, **options}).double().eval()
+def test_every_option_agrees_with_torchvision(block, layers, options, size):
+    theirs = fill(torchvision.models.ResNet(getattr(torchvision.models.resnet, block), list(layers), **options))
+    ours = keys.build({"block": block, "layers": layers, **options}).double().eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = image(2, 3, *size)
     with torch.no_grad():
