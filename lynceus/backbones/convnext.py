@@ -1,8 +1,11 @@
-"""ConvNeXt (Liu, Mao, Wu, Feichtenhofer, Darrell, Xie: "A ConvNet for the 2020s", CVPR 2022, arXiv 2201.03545).
+"""ConvNeXt: a pyramid of plain convolution pieces, and its isotropic (ViT-shaped) twin.
 
-Reference code: facebookresearch/ConvNeXt (MIT). A pyramid of plain convolution pieces: 7x7 depthwise mixing, one
-LayerNorm and one GELU per block, a four times wider perceptron, separate down-sampling. Beside it the isotropic twin
-(one resolution, like a ViT). The way from ResNet-50 to here, rung by rung, is in `convnext_ladder.py`.
+Paper: Liu et al., A ConvNet for the 2020s, CVPR 2022, arXiv 2201.03545
+Code: facebookresearch/ConvNeXt
+Licence: MIT
+
+7x7 depthwise mixing, one LayerNorm and one GELU per block, a four times wider perceptron, separate down-sampling. The
+way from ResNet-50 to here, rung by rung, is in `convnext_ladder.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Swin Transformer (Liu, Lin, Cao, Hu, Wei, Zhang, Lin, Guo, ICCV 2021, arXiv 2103.14030), and its Swin-MLP.
+"""Swin Transformer and Swin-MLP: mixing inside windows whose grid is shifted in every second block.
 
-Reference code: microsoft/Swin-Transformer (MIT), and SwinTransformer/Swin-Transformer-Object-Detection (Apache-2.0) for
-the dense form. Attention inside windows whose grid is shifted in every second block; cost is linear in the pixels.
+Paper: Liu et al., Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv 2103.14030
+Code: microsoft/Swin-Transformer, and SwinTransformer/Swin-Transformer-Object-Detection for the dense form
+Licence: MIT and Apache-2.0
 
 Two rules of the authors live here side by side. Classification code: where the map at `image_size` is no larger than
 the window, the window becomes as large as that map and is not shifted. Dense code (`dense=True`): the window never
