@@ -142,7 +142,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim, eps=EPS)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h/2 w/2 2*c"]:
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b (h+1)//2 (w+1)//2 2*c"]:
         b, h, w, c = x.shape
         rows, columns = (h + 1) // 2, (w + 1) // 2
         x = pad_map(x, 2).reshape(b, rows, 2, columns, 2, c).permute(0, 1, 3, 4, 2, 5).reshape(b, rows, columns, 4 * c)

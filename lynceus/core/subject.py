@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
@@ -115,7 +115,7 @@ class Subject:
             image = self.normalise.to(image.device)(image)
         return image
 
-    def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
+    def __call__(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
         """Logits (or any output vector) of pixels in [0, 1]."""
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
             out = self.model(self.prepare(image))
@@ -125,7 +125,7 @@ class Subject:
             raise AdviceError(f"The model gave a {type(out).__name__}; a subject needs one tensor (b, k) of logits.")
         return out
 
-    def features(self, image: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+    def features(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> list[Tensor]:
         """What the model knows before its classifier: the maps of its stages (fine -> coarse), and last the pooled
         vector (b, c). Raises AdviceError when the subject is only known by its answers."""
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
@@ -135,7 +135,7 @@ class Subject:
             final, maps = model.forward_intermediates(x)
             return [*maps, _pooled(model, final)]
 
-    def embed(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
+    def embed(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """The pooled vector alone, without the cost of keeping the maps."""
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
             if self._features is not None:

@@ -30,17 +30,18 @@ class Sample:
 
     `image` is RGB: uint8 in 0..255 or float in [0, 1]. Boxes are xyxy in pixels. `label` is a class index, or a
     multi-hot (k,) tensor. `classes` are the class indices of `boxes`/`masks`. `segments` is a class or instance map
-    with 255 ignored. Invalid depth is nan. Everything else rides in `extra`.
+    with 255 ignored. Invalid depth is nan. Maps may be
+    coarser than the image. Everything else rides in `extra`.
     """
 
     image: UInt8[Tensor, "3 h w"] | Float[Tensor, "3 h w"]
     label: int | Tensor | None = None
     boxes: Float[Tensor, "k 4"] | None = None
     classes: Int[Tensor, " k"] | None = None
-    masks: Bool[Tensor, "k h w"] | None = None
-    segments: Int[Tensor, "h w"] | None = None
-    depth: Float[Tensor, "h w"] | None = None
-    flow: Float[Tensor, "2 h w"] | None = None
+    masks: Bool[Tensor, "k _ _"] | None = None
+    segments: Int[Tensor, "_ _"] | None = None
+    depth: Float[Tensor, "_ _"] | None = None
+    flow: Float[Tensor, "2 _ _"] | None = None
     text: str | list[str] | None = None
     id: str = ""
     path: str | None = None

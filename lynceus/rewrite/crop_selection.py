@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
@@ -283,7 +283,7 @@ class CropSelected(nn.Module):
     def _run(self, crops: Tensor) -> Tensor:
         return self.model(crops if self.normalise is None else self.normalise(crops))
 
-    def forward(self, image: Float[Tensor, "b c h w"]) -> Any:
+    def forward(self, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]) -> Any:
         image = as_float(image)
         view = self.view(image)
         top = self.config.top
@@ -296,7 +296,7 @@ class CropSelected(nn.Module):
         weight = (real / real.sum(1, keepdim=True)).to(out.dtype)
         return (out.unflatten(0, (batch, count)) * weight[..., None]).sum(1)
 
-    def embed(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+    def embed(self, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """The pooled vector of the chosen crop, when the model has features."""
         crops = self.crops(as_float(image))
         return Subject(self.model).embed(crops)
@@ -321,7 +321,9 @@ def crop_selection(
 
 
 # ---- certificates --------------------------------------------------------------------------------------------------
-def certified(model: CropSelected, stored: Float[Tensor, "b c h w"], shift: int) -> Bool[Tensor, " b"]:
+def certified(
+    model: CropSelected, stored: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"], shift: int
+) -> Bool[Tensor, " b"]:
     """True for images whose answer no realistic shift of up to `shift` pixels in both axes can change. Exact.
 
     stored: images with known surroundings, at least the view plus `shift` on every side; the view is their centre.
