@@ -357,7 +357,12 @@ def margins(model: CropSelected, image: Float[Tensor, "b c h w"]) -> Int[Tensor,
     return torch.stack([u, rows - u, v, columns - v]).amin(0)
 
 
-def certificate(model: CropSelected, stored: Float[Tensor, "b c h w"], *, shifts: tuple[int, ...] = (1, 2)) -> Report:
+def certificate(
+    model: CropSelected,
+    stored: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"],
+    *,
+    shifts: tuple[int, ...] = (1, 2),
+) -> Report:
     """Share of images certified for each shift, beside the bound for uniform scores. One row per shift."""
     report = Report(name="crop selection certificate")
     view = _pair(model.config.view or 0)
