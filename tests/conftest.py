@@ -1,13 +1,22 @@
-"""What many tests share: the big real images, skipped with a reason where they are not."""
+"""What many tests share: shapes checked at every call, and the big real images, skipped with a reason if absent."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("data_folder", Path(__file__).parent / "data_folder.py")
-data_folder = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(data_folder)
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"lynceus_test_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+data_folder = _load("data_folder")
+_load("shapes").install()
 
 
 @pytest.fixture(scope="session")
