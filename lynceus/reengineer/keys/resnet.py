@@ -27,7 +27,7 @@ FIELDS = {
     "cifar_stem": "stem",
     "width": "width",
 }
-IGNORED = {"factory", "arch", "weights", "pretrained", "progress"}
+IGNORED = {"factory", "arch", "weights", "pretrained", "progress", "norm_layer"}
 BLOCKS = {"basicblock": "basic", "basic": "basic", "bottleneck": "bottleneck"}
 
 

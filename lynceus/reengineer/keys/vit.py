@@ -79,8 +79,48 @@ def translate(config: Mapping[str, Any]) -> ViTConfig:
     return replace(start, **changes)
 
 
-def build(config: Mapping[str, Any]) -> ViT:
-    return ViT(translate(config))
+def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> ViT:
+    """The model of a record. What its `state` (if at hand) tells of the structure wins over names and defaults."""
+    start = translate(config)
+    return ViT(replace(start, **told(start, (record or {}).get("state") or {})))
+
+
+def told(start: ViTConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the authors' parameter names and shapes say of the structure: archs that we do not list need no table."""
+    if "patch_embed.proj.weight" not in state or "blocks.0.mlp.fc1.weight" not in state:
+        return {}
+    dim, in_chans, patch, _ = state["patch_embed.proj.weight"]
+    hidden = state["blocks.0.mlp.fc1.weight"][0]
+    head = state.get("head.weight")
+    registers = state["reg_token"][1] if "reg_token" in state else 0
+    facts: dict[str, Any] = {
+        "dim": dim,
+        "in_chans": in_chans,
+        "patch_size": patch,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_classes": head[0] if head else 0,
+        "class_token": "cls_token" in state,
+        "distilled": "dist_token" in state,
+        "registers": registers,
+        "position": "learned" if "pos_embed" in state else "none",
+        "pre_norm": "norm_pre.weight" in state,
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "fc_norm": "fc_norm.weight" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "attn_norm": "blocks.0.attn.norm.weight" in state,
+        "mlp_norm": "blocks.0.mlp.norm.weight" in state,
+        "init_values": (start.init_values or 1e-5) if "blocks.0.ls1.gamma" in state else None,
+    }
+    if int(dim * start.mlp_ratio) != hidden:
+        facts["mlp_ratio"] = hidden / dim
+    if "pos_embed" in state:
+        height, width = start.image_size
+        facts["position_prefix"] = state["pos_embed"][1] != -(-height // patch) * -(-width // patch)
+    if start.pool == "token" and not facts["class_token"]:
+        facts["pool"] = "avg"
+    return facts
 
 
 def compare(model: ViT, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
