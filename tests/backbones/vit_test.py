@@ -230,42 +230,33 @@ def test_position_matrix_is_the_antialiased_resize():
 
 
 # what the card says it learns ---------------------------------------------------------------------
-def digits():
-    """1797 grey 8x8 digits doubled to 16x16: (training images, labels), (450 test images, labels)."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    x = torch.nn.functional.interpolate(x, scale_factor=2)
-    a, b = train_test_split(np.arange(len(y)), test_size=450, stratify=y, random_state=0)
-    return (x[a], torch.tensor(y[a])), (x[b], torch.tensor(y[b]))
-
-
-def accuracy(model, epochs=30, lr=2e-3, batch=64):
-    (x, y), (u, v) = digits()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    steps = -(-len(x) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
-    model.train()
-    for _ in range(epochs):
-        for index in torch.randperm(len(x)).split(batch):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        return float((model.eval()(u).argmax(1) == v).float().mean())
-
-
 @pytest.mark.slow
-def test_learns_digits_as_the_card_says():
-    """timm's code reaches 95.6% with and 81.6% without positions (one seed): positions must be worth several points."""
-    config = ViTConfig(image_size=(16, 16), patch_size=2, dim=48, depth=4, heads=4, in_chans=1, num_classes=10)
-    torch.manual_seed(0)
-    placed = accuracy(ViT(config))
-    torch.manual_seed(0)
-    lost = accuracy(ViT(replace(config, position="none")))
-    print(f"digits: {placed:.1%} with position embedding, {lost:.1%} without")
-    assert placed >= 0.945
-    assert lost <= placed - 0.05
+def test_learns_digits_as_the_card_says(learn_digits):
+    """The card: timm's code 95.6%, without positions 81.6%. Measured: ours 94.0 and 97.3% (two seeds), timm 96.2 and
+    94.7%, ours from timm's start exactly timm's 96.2%; without positions ours 78.9%, timm 79.6%.
+
+    Gradients are clipped at 5; unclipped, both stay on a plateau for long (10 to 77%).
+    """
+    config = ViTConfig(image_size=(16, 16), patch_size=2, dim=48, depth=4, heads=4, num_classes=10)
+
+    def learned(model):
+        return learn_digits(model, side=16, held=450, epochs=30)
+
+    def fresh(maker):
+        torch.manual_seed(0)
+        return maker()
+
+    theirs = fresh(lambda: VisionTransformer(16, 2, num_classes=10, embed_dim=48, depth=4, num_heads=4))
+    twin = ViT(config)
+    twin.load_state_dict(theirs.state_dict())
+    figures = {
+        "ours": learned(fresh(lambda: ViT(config))),
+        "ours, from timm's start": learned(twin),
+        "timm": learned(theirs),
+        "ours without positions": learned(fresh(lambda: ViT(replace(config, position="none")))),
+    }
+    print("digits, 450 held out: " + "; ".join(f"{k} {v:.1%}" for k, v in figures.items()))
+    assert figures["ours"] >= 0.93
+    assert figures["ours, from timm's start"] >= 0.93
+    assert abs(figures["ours, from timm's start"] - figures["timm"]) <= 0.02
+    assert figures["ours without positions"] <= figures["ours"] - 0.1
