@@ -59,7 +59,13 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str,
     assert isinstance(model, ConvNeXt)
     with torch.no_grad():
         maps = model.forward_stages(inputs["image"])
-        out = {f"stage{i}": m for i, m in enumerate(maps, 1)} | {f"feature{i}": m for i, m in enumerate(maps, 1)}
+        out = {f"stage{i}": m for i, m in enumerate(maps, 1)}
+        chosen = list(record.get("config", {}).get("out_indices", range(len(maps))))
+        counted = {f"feature{i + 1}" for i in range(len(chosen))}
+        if counted >= set(record["outputs"]):  # numbered as they come out, not by stage
+            out |= {f"feature{i}": maps[k] for i, k in enumerate(chosen, 1)}
+        else:
+            out |= {f"feature{i}": m for i, m in enumerate(maps, 1)}
         out |= {"tokens": maps[-1]}
         if not model.config.dense:
             out["pooled"] = out["features"] = model.forward_head(maps[-1], pre_logits=True)
