@@ -108,6 +108,16 @@ def test_every_option_agrees_with_timm(name):
             close(a, b)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_record_of_an_unlisted_arch_is_rebuilt_from_its_state(name):
+    options = {**SMALL, **OPTIONS[name]}
+    theirs = VisionTransformer(**options)
+    state = {k: list(p.shape) for k, p in theirs.named_parameters()}
+    config = {k: options[k] for k in ("img_size", "num_heads")}
+    ours = keys.build({"arch": "vit_never_heard_of", **config}, {"state": state})
+    assert {k: list(p.shape) for k, p in ours.named_parameters()} == state
+
+
 def test_gradients_agree_with_timm():
     theirs = fill(VisionTransformer(**SMALL)).train()
     ours = keys.build(SMALL).double().train()
