@@ -61,8 +61,8 @@ def test_agrees_with_the_authors_record(path):
     [
         ("BasicBlock", (2, 2, 2, 2), {}, (129, 97)),
         ("BasicBlock", (3, 4, 6, 3), {"num_classes": 5}, (64, 64)),
-        ("Bottleneck", (3, 4, 6, 3), {"replace_stride_with_dilation": [False, True, True]}, (97, 65)),
-        ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [True, True, True]}, (64, 64)),
+        ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [False, True, True]}, (97, 65)),
+        ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [True, True, True]}, (40, 33)),
         ("Bottleneck", (1, 2, 2, 2), {"replace_stride_with_dilation": [False, True, False]}, (65, 64)),
         ("Bottleneck", (2, 1, 2, 1), {"groups": 32, "width_per_group": 4}, (64, 64)),
         ("Bottleneck", (1, 2, 1, 1), {"width_per_group": 128}, (33, 64)),
