@@ -83,7 +83,7 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
         found = values[name]
         if found:
             row[main] = float(np.mean(found))
-            row["sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
+            row["sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
             row["seeds"] = ", ".join(f"{v:.4f}" for v in found)
         here = allmean.get(name, {})
         shown = [m for m in groups if m != main] + ["params", "MACs"]
