@@ -180,7 +180,7 @@ def test_fp16_on_a_cpu_says_what_to_use(worker, small):
 
 def test_a_device_that_is_not_there(worker, small):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a CUDA device, so asking for it is no mistake")
     with pytest.raises(AdviceError, match="no cuda device"):
         fit(worker.recipe(), small[0], config=replace(QUICK, device="cuda"))
 
