@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lynceus.core.errors import AdviceError
 from lynceus.core.subject import IMAGENET_MEAN, IMAGENET_STD
 from lynceus.core.types import Stage
+from lynceus.layers.mixers import MixerSite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +216,10 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that put every parameter into a depth group (timm's layer decay)."""
         raise NotImplementedError(f"{type(self).__name__} must write group_matcher")
+
+    def mixer_sites(self) -> list[MixerSite]:
+        """The token mixers that `rewrite.swap` may exchange, in the order of the blocks; default: none."""
+        return []
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed, beyond the one-dimensional ones."""
