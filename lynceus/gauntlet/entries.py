@@ -6,7 +6,9 @@ import copy
 import csv
 import dataclasses
 import hashlib
+import json
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +32,7 @@ from lynceus.recipes.supervised import PRESETS, Supervised
 from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import load_model, save_model
 from lynceus.train.fit import FitConfig, fit
+from lynceus.train.log import write_atomic
 
 if TYPE_CHECKING:
     from lynceus.gauntlet.run import GauntletConfig
@@ -219,6 +222,8 @@ def train_subject(
         )
     rate = config.lr[0] if len(config.lr) == 1 else _sweep(entry, seed, train, config, folder)
     run = folder / "run"
+    if config.seconds and steps is None:
+        steps = _steps_that_fit(entry, seed, train, config, folder)
     if not (run / "model.safetensors").is_file():
         recipe = _recipe(entry, seed, classes, config)
         options = _fit_config(config, seed, rate, steps)
@@ -274,7 +279,6 @@ def _recipe(entry: Entry, seed: int, classes: Sequence[str], config: GauntletCon
 def _fit_config(config: GauntletConfig, seed: int, lr: float, steps: int | None) -> FitConfig:
     return FitConfig(
         steps=steps or config.steps,
-        seconds=config.seconds,
         batch_size=config.batch_size,
         lr=lr,
         weight_decay=config.weight_decay,
@@ -283,6 +287,24 @@ def _fit_config(config: GauntletConfig, seed: int, lr: float, steps: int | None)
         device="cpu" if not torch.cuda.is_available() else "auto",
         quiet=True,
     )
+
+
+def _steps_that_fit(entry: Entry, seed: int, train: Any, config: GauntletConfig, folder: Path) -> int:
+    """Steps of this entry that take `config.seconds`; timed once on a copy, then read back from `folder`."""
+    file = folder / "budget.json"
+    if file.is_file():
+        return int(json.loads(file.read_text())["steps"])
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    spent = []
+    for steps in (4, 20):  # the difference leaves out what starting costs
+        start = clock()
+        fit(_recipe(entry, seed, train.classes, config), train, config=_fit_config(config, seed, config.lr[0], steps))
+        spent.append(clock() - start)
+    each = max((spent[1] - spent[0]) / 16, 1e-6)
+    steps = max(1, round(float(config.seconds or 0) / each))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps({"steps": steps, "seconds_per_step": each}))
+    return steps
 
 
 def _sweep(entry: Entry, seed: int, train: Any, config: GauntletConfig, folder: Path) -> float:

@@ -85,6 +85,9 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
             row[main] = float(np.mean(found))
             row["sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
             row["seeds"] = ", ".join(f"{v:.4f}" for v in found)
+        if config.seconds:
+            taken = [c["settings"]["steps"] for c in cells if c["subject"] == name and "steps" in c["settings"]]
+            row["steps"] = round(float(np.mean(taken))) if taken else None
         here = allmean.get(name, {})
         shown = [m for m in groups if m != main] + ["params", "MACs"]
         if config.mode == "scratch":
@@ -200,9 +203,9 @@ def budget(config: GauntletConfig) -> str:
         if len(config.lr) == 1
         else f"the best of lr {', '.join(f'{v:g}' for v in config.lr)} on a tenth of the training images"
     )
-    cap = f", at most {config.seconds:g} s" if config.seconds else ""
     seeds = ", ".join(map(str, config.seeds))
-    return f"Equal budget: {config.steps} steps of {config.batch_size} images{cap}, AdamW, {rate}, seeds {seeds}."
+    length = f"{config.seconds:g} processor seconds of steps" if config.seconds else f"{config.steps} steps"
+    return f"Equal budget: {length} of {config.batch_size} images, AdamW, {rate}, seeds {seeds}."
 
 
 def crop_notes(order: Sequence[str], mean: dict[str, dict[str, float]], radius: int) -> list[str]:

@@ -40,7 +40,8 @@ class GauntletConfig:
 
     mode: "scratch" trains every subject at an equal budget (a name from scratch, given weights go on from there);
       "frozen" reads features as they are, computed once and shared by all probes.
-    steps, batch_size: the budget. seconds: a cap on each training's time instead (then results depend on the machine).
+    steps, batch_size: the budget. seconds: processor seconds (on a GPU: seconds) of each training instead of `steps`:
+      some steps are timed, and the schedule is as long as then fits; results depend on the machine.
     lr: peak rate of AdamW; with more than one, every subject tries the same ones on a tenth of the training images.
     augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and
       test on the central one, which leaves room for crop selection.

@@ -338,3 +338,17 @@ def test_copies_of_photographs_are_found(imagenet_jpegs):
     assert set(found) == {"copies mAP", "copies MRR", *(f"copies MRR, {a}" for a in copies.ATTACKS)}
     assert found["copies MRR, jpeg"] > 0.9
     assert found["copies MRR"] > 0.5
+
+
+def test_a_budget_of_seconds_gives_each_subject_its_own_number_of_steps(digits, tmp_path):
+    config = replace(QUICK, seconds=0.5, seeds=(0,), stations=("accuracy",))
+    report = gauntlet(["resnet_nano", "vit_nano", "HOG"], digits, config=config, out=tmp_path, quiet=True)
+    steps = {row["subject"]: row["steps"] for row in report.rows}
+    assert steps["HOG"] is None
+    budgets = [json.loads(f.read_text()) for f in tmp_path.glob("trained/*/budget.json")]
+    for name in ("resnet_nano", "vit_nano"):
+        found = next(b for b in budgets if b["steps"] == steps[name])
+        assert abs(found["steps"] * found["seconds_per_step"] - 0.5) <= found["seconds_per_step"]
+    assert "0.5 processor seconds" in report.notes[0]
+    again = gauntlet(["resnet_nano", "vit_nano", "HOG"], digits, config=config, out=tmp_path, quiet=True)
+    assert plain(again.rows) == plain(report.rows)
