@@ -115,6 +115,21 @@ def outcome(cells: Sequence[dict[str, Any]], entries: Sequence[Entry], config: G
     return report
 
 
+def final(heat: Report, report: Report) -> Report:
+    """The report of the finalists, with those who left after the first seed (`heat`, all subjects) below them."""
+    known = {row["subject"] for row in report.rows}
+    for row in heat.rows:
+        if row["subject"] not in known:
+            gone = {"mean z": None, "rank 95%": None, "leave one out": None, "rank": len(report.rows) + 1}
+            report.rows.append({**row, **gone, "verdict": "left after the first seed"})
+    report.summary = {**{k: v for k, v in heat.summary.items() if not k.startswith("mean z")}, **report.summary}
+    report.figures |= {f"first seed, {name}": figure for name, figure in heat.figures.items() if name[:8] == "accuracy"}
+    report.notes.insert(
+        1, f"All {len(heat.rows)} subjects ran with the first seed, the {len(known)} best of it with the others too."
+    )
+    return report
+
+
 def verdict(
     order: Sequence[str], values: dict[str, list[float]], mean: dict[str, dict[str, float]], main: str
 ) -> dict[str, str]:

@@ -31,7 +31,7 @@ from lynceus.gauntlet.course import STATIONS, Context, measure, stations
 from lynceus.gauntlet.engine import Engine, run_jobs
 from lynceus.gauntlet.entries import Entry, enter, train_subject
 from lynceus.gauntlet.features import FeatureBank
-from lynceus.gauntlet.outcome import outcome
+from lynceus.gauntlet.outcome import final, outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class GauntletConfig:
     lr: peak rate of AdamW; with more than one, every subject tries the same ones on a tenth of the training images.
     augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and
       test on the central one, which leaves room for crop selection.
-    seeds: of initialisation, order and draws; one training each.
+    seeds: of initialisation, order and draws; one training each. finalists: with many subjects, all run with the first
+      seed and only that many best ones with the others too (None: all with all).
     size: side that pictures are resized to first; None: as they are when they lie in memory, 64 for files.
     test_share, limit: share held out when the data names no test split; at most this many pictures.
     stations: names of the stations, None for all of the mode. shift_images, radius: of the shift station.
@@ -65,6 +66,7 @@ class GauntletConfig:
     augment: str = "plain"
     crop: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    finalists: int | None = None
     size: int | None = None
     test_share: float = 0.2
     limit: int | None = None
@@ -86,6 +88,8 @@ class GauntletConfig:
             raise AdviceError(f"seeds are different numbers, at least one, not {self.seeds}.")
         if not self.lr or self.steps < 1 or self.batch_size < 1:
             raise AdviceError("The budget needs at least one lr, one step and one image per step.")
+        if self.finalists is not None and self.finalists < 2:
+            raise AdviceError(f"finalists are at least 2, or None for all subjects, not {self.finalists}.")
         if not 0 < self.test_share < 1:
             raise AdviceError(f"test_share is a share between 0 and 1, not {self.test_share}.")
 
@@ -95,7 +99,15 @@ CIFAR10 = GauntletConfig(
     steps=600, batch_size=64, limit=10_000, crop=22, augment="plain", seeds=(0,), jobs=2, shift_images=500, lr=(2e-3,)
 )
 PRESETS: dict[str, GauntletConfig] = {"demo": DEMO, "cifar10": CIFAR10}
-_ELSEWHERE = ("jobs", "threads", "seeds", "stations", "latency_batches", "latency_repeats")  # not part of every key
+_ELSEWHERE = (
+    "jobs",
+    "threads",
+    "seeds",
+    "finalists",
+    "stations",
+    "latency_batches",
+    "latency_repeats",
+)  # not part of every key
 _LEARNING = ("steps", "seconds", "batch_size", "lr", "weight_decay", "warmup", "label_smoothing", "augment", "crop")
 
 
@@ -140,9 +152,18 @@ def gauntlet(
             for part in ("cells", "trained", "features"):
                 shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "cells").mkdir(parents=True, exist_ok=True)
-        jobs = plan(entries, train, test, config, folder)
-        cells = _run(jobs, folder, config, engine, quiet)
-        report = outcome(cells, entries, config, data=f"{test.name}: {len(train)} to train on, {len(test)} held out")
+        text = f"{test.name}: {len(train)} to train on, {len(test)} held out"
+
+        def course(entries: Sequence[Entry], config: GauntletConfig) -> Report:
+            jobs = plan(entries, train, test, config, folder)
+            return outcome(_run(jobs, folder, config, engine, quiet), entries, config, data=text)
+
+        if config.finalists and config.finalists < len(entries) and len(config.seeds) > 1:
+            heat = course(entries, replace(config, seeds=config.seeds[:1]))
+            best = {row["subject"] for row in heat.rows[: config.finalists]}
+            report = final(heat, course([e for e in entries if e.name in best], config))
+        else:
+            report = course(entries, config)
         report.environment = environment(min(config.seeds), engine=engine, jobs=config.jobs)
         if out is not None:
             report.save(folder)

@@ -352,3 +352,21 @@ def test_a_budget_of_seconds_gives_each_subject_its_own_number_of_steps(digits, 
     assert "0.5 processor seconds" in report.notes[0]
     again = gauntlet(["resnet_nano", "vit_nano", "HOG"], digits, config=config, out=tmp_path, quiet=True)
     assert plain(again.rows) == plain(report.rows)
+
+
+def test_only_finalists_run_with_every_seed(digits, tmp_path):
+    config = replace(QUICK, finalists=2, stations=("accuracy", "cost"))
+    names = ["resnet_nano", "HOG", "raw pixels", "colour histogram"]
+    report = gauntlet(names, digits, config=config, out=tmp_path, quiet=True)
+    assert [row["rank"] for row in report.rows] == [1, 2, 3, 4]
+    assert sorted(row["subject"] for row in report.rows) == sorted(names)
+    counts = [len(row["seeds"].split(", ")) for row in report.rows]
+    assert counts == [2, 2, 1, 1]
+    kept, left = report.rows[:2], report.rows[2:]
+    one = gauntlet(names, digits, config=replace(config, finalists=None, seeds=(0,)), out=tmp_path, quiet=True)
+    order = [row["subject"] for row in one.rows]
+    assert {row["subject"] for row in kept} == set(order[:2])
+    assert [row["subject"] for row in left] == order[2:]
+    assert "ran with the first seed" in report.notes[1]
+    with pytest.raises(AdviceError, match="at least 2"):
+        replace(config, finalists=1)
