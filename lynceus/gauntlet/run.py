@@ -45,8 +45,8 @@ class GauntletConfig:
     lr: peak rate of AdamW; with more than one, every subject tries the same ones on a tenth of the training images.
     augment: "plain", "small" (shift and flip), "photo" or "fine-tune". crop: train on random crops of this side and
       test on the central one, which leaves room for crop selection.
-    seeds: of initialisation, order and draws; one training each. finalists: with many subjects, all run with the first
-      seed and only that many best ones with the others too (None: all with all).
+    seeds: of initialisation, order and draws; one training each. finalists: when more subjects than that train from
+      scratch, all run with the first seed, and only that many best ones with the others too (None: all with all).
     size: side that pictures are resized to first; None: as they are when they lie in memory, 64 for files.
     test_share, limit: share held out when the data names no test split; at most this many pictures.
     stations: names of the stations, None for all of the mode. shift_images, radius: of the shift station.
@@ -66,7 +66,7 @@ class GauntletConfig:
     augment: str = "plain"
     crop: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    finalists: int | None = None
+    finalists: int | None = 4
     size: int | None = None
     test_share: float = 0.2
     limit: int | None = None
@@ -158,7 +158,8 @@ def gauntlet(
             jobs = plan(entries, train, test, config, folder)
             return outcome(_run(jobs, folder, config, engine, quiet), entries, config, data=text)
 
-        if config.finalists and config.finalists < len(entries) and len(config.seeds) > 1:
+        many = config.finalists is not None and config.finalists < len(entries)
+        if many and config.mode == "scratch" and len(config.seeds) > 1:
             heat = course(entries, replace(config, seeds=config.seeds[:1]))
             best = {row["subject"] for row in heat.rows[: config.finalists]}
             report = final(heat, course([e for e in entries if e.name in best], config))
