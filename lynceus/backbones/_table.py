@@ -7,9 +7,12 @@ from importlib import import_module
 from types import ModuleType
 
 FAMILIES: dict[str, str] = {
+    "convit": "lynceus.backbones.convit",
     "convnext": "lynceus.backbones.convnext",
+    "hornet": "lynceus.backbones.hornet",
     "resnet": "lynceus.backbones.resnet",
     "swin": "lynceus.backbones.swin",
+    "swin_v2": "lynceus.backbones.swin_v2",
     "vit": "lynceus.backbones.vit",
 }
 

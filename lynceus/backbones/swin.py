@@ -27,6 +27,7 @@ from lynceus.core.types import Stage
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.fused import linear
+from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
 from lynceus.layers.position import resize_position
@@ -36,15 +37,14 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SwinConfig(BackboneConfig):
-    """Fields of a Swin.
+class WindowConfig(BackboneConfig):
+    """Fields that Swin and Swin V2 share.
 
     image_size: what it is made for; it decides where windows shrink, any other size works too. patch_size: side of a
     patch. embed_dim: channels of the first stage, doubled by each. depths, num_heads: blocks and heads per stage.
-    window_size: side M of a window. mixer: "attention", or "mlp" for Swin-MLP. mlp_ratio: width of the perceptrons.
-    qkv_bias, qk_scale: as in the attention (None: head width ** -0.5). ape: a learned absolute position table.
-    patch_norm: LayerNorm after the patches. pos_drop, proj_drop, attn_drop: dropout after the patches, in perceptrons
-    and projections, on attention weights.
+    window_size: side M of a window. mlp_ratio: width of the perceptrons. qkv_bias: as in the attention. ape: a learned
+    absolute position table. patch_norm: LayerNorm after the patches. pos_drop, proj_drop, attn_drop: dropout after the
+    patches, in perceptrons and projections, on attention weights.
     dense: the dense form, with a LayerNorm on every map given and no classifier; out_indices: the levels it gives, and
     frozen_stages: how much of it is not trained (-1 nothing, 0 patches, 1 position table too, then stage by stage).
     """
@@ -55,10 +55,8 @@ class SwinConfig(BackboneConfig):
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
     window_size: int = 7
-    mixer: Literal["attention", "mlp"] = "attention"
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
-    qk_scale: float | None = None
     ape: bool = False
     patch_norm: bool = True
     pos_drop: float = 0.0
@@ -78,8 +76,6 @@ class SwinConfig(BackboneConfig):
             raise AdviceError("out_indices and frozen_stages belong to the dense form: dense=True.")
         if self.out_indices is not None and not set(self.out_indices) <= set(range(len(self.depths))):
             raise AdviceError(f"out_indices {self.out_indices} must lie in 0 .. {len(self.depths) - 1}.")
-        if self.mixer not in ("attention", "mlp"):
-            raise AdviceError(f"mixer is 'attention' or 'mlp', not {self.mixer!r}.")
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -97,6 +93,22 @@ class SwinConfig(BackboneConfig):
         if not self.dense and least <= self.window_size:
             return least, 0
         return self.window_size, self.window_size // 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwinConfig(WindowConfig):
+    """Fields of a Swin, beside those of every network of windows.
+
+    mixer: "attention", or "mlp" for Swin-MLP. qk_scale: of the attention's logits (None: head width ** -0.5).
+    """
+
+    mixer: Literal["attention", "mlp"] = "attention"
+    qk_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        WindowConfig.__post_init__(self)
+        if self.mixer not in ("attention", "mlp"):
+            raise AdviceError(f"mixer is 'attention' or 'mlp', not {self.mixer!r}.")
 
 
 class Block(nn.Module):
@@ -134,8 +146,16 @@ class Block(nn.Module):
         return x
 
 
+def quads(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b (h+1)//2 (w+1)//2 4*c"]:
+    """2x2 neighbours as channels, row by row inside a column; odd maps are zero-padded right and bottom."""
+    b, h, w, c = x.shape
+    rows, columns = (h + 1) // 2, (w + 1) // 2
+    x = pad_map(x, 2).reshape(b, rows, 2, columns, 2, c)
+    return x.permute(0, 1, 3, 4, 2, 5).reshape(b, rows, columns, 4 * c)
+
+
 class PatchMerging(nn.Module):
-    """Half the map, twice the channels: 2x2 neighbours (row by row inside a column) -> LayerNorm -> Linear."""
+    """Half the map, twice the channels: 2x2 neighbours -> LayerNorm -> Linear."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -143,32 +163,29 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b (h+1)//2 (w+1)//2 2*c"]:
-        b, h, w, c = x.shape
-        rows, columns = (h + 1) // 2, (w + 1) // 2
-        x = pad_map(x, 2).reshape(b, rows, 2, columns, 2, c).permute(0, 1, 3, 4, 2, 5).reshape(b, rows, columns, 4 * c)
-        return linear(self.reduction, self.norm(x))
+        return linear(self.reduction, self.norm(quads(x)))
 
 
-class SwinStage(nn.Module):
+class WindowStage(nn.Module):
     """The blocks of one resolution, and the merging that follows them (`downsample`; None at the last)."""
 
-    def __init__(self, config: SwinConfig, stage: int, rates: list[float]):
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(config, stage, shifted=j % 2 == 1, drop_path=rate) for j, rate in enumerate(rates)
-        )
-        last = stage == len(config.depths) - 1
-        self.downsample = None if last else PatchMerging(config.embed_dim * 2**stage)
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
 
 
-class Swin(Backbone):
-    """Swin in its classification and dense forms.
+class WindowPyramid(Backbone):
+    """What Swin and Swin V2 share: patches, stages of blocks on maps b h w c, merging, both forms, the classifier.
 
-    Maps are those leaving each stage before merging: un-normed in the classification form, after `norm0` ... in the
-    dense one; sizes are rounded up. The classifier reads the mean of LayerNorm(last map).
+    A network adds `block` and `merging`. Maps are those leaving each stage before merging: un-normed in the
+    classification form, after `norm0` ... in the dense one; sizes are rounded up. The classifier reads the mean of
+    LayerNorm(last map).
     """
 
-    def __init__(self, config: SwinConfig):
+    config: WindowConfig
+
+    def __init__(self, config: WindowConfig):
         count = len(config.depths)
         dims = [config.embed_dim * 2**i for i in range(count)]
         super().__init__(config, [Stage(dims[i], config.patch_size * 2**i, f"layers.{i}") for i in config.levels])
@@ -181,11 +198,11 @@ class Swin(Backbone):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(shape))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(config.pos_drop)
-        rates = linear_rates(config.drop_path_rate, sum(config.depths))
-        starts = [sum(config.depths[:i]) for i in range(count)]
-        self.layers = nn.ModuleList(
-            SwinStage(config, i, rates[starts[i] : starts[i] + config.depths[i]]) for i in range(count)
-        )
+        rates = iter(linear_rates(config.drop_path_rate, sum(config.depths)))
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(config.depths):
+            blocks = [self.block(i, shifted=j % 2 == 1, drop_path=next(rates)) for j in range(depth)]
+            self.layers.append(WindowStage(blocks, self.merging(dims[i]) if i < count - 1 else None))
         self.num_classes = 0 if config.dense else config.num_classes
         if config.dense:
             for i in config.levels:
@@ -197,13 +214,26 @@ class Swin(Backbone):
         self.apply(_init)
         self.train()
 
+    # what a network adds ---------------------------------------------------------------------------
+    def block(self, stage: int, *, shifted: bool, drop_path: float) -> nn.Module:
+        """A block of a stage, with its mixer `attn`, on maps b h w c."""
+        raise NotImplementedError
+
+    def merging(self, dim: int) -> nn.Module:
+        """b h w dim -> b (h+1)//2 (w+1)//2 2*dim."""
+        raise NotImplementedError
+
+    # the contract ----------------------------------------------------------------------------------
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
-        x = self.patch_embed(image)
+        return self.stages_of(self.patch_embed(image))
+
+    def stages_of(self, x: Float[Tensor, "b h w c"]) -> list[Float[Tensor, "b ci hi wi"]]:
+        """The maps, from embedded patches (which masked pre-training changes in between)."""
         if self.config.ape:
             x = x + self._position(x.shape[1], x.shape[2])
         x = self.pos_drop(x)
         maps = []
-        for i, stage in enumerate(cast(Iterable[SwinStage], self.layers)):
+        for i, stage in enumerate(cast(Iterable[WindowStage], self.layers)):
             for block in stage.blocks:
                 x = self.run_block(block, x)
             if i in self.config.levels:
@@ -225,7 +255,7 @@ class Swin(Backbone):
         tokens: Tensor = self.norm(features.permute(0, 2, 3, 1))
         return tokens.mean((1, 2))
 
-    def train(self, mode: bool = True) -> Swin:
+    def train(self, mode: bool = True) -> WindowPyramid:
         """As nn.Module's; frozen parts stay in eval mode and take no gradients."""
         super().train(mode)
         frozen = self.config.frozen_stages
@@ -247,6 +277,32 @@ class Swin(Backbone):
         ]
         blocks = (r"^layers\.(\d+)\.blocks\.", None) if coarse else (r"^layers\.(\d+)\.blocks\.(\d+)\.", None)
         return {"stem": r"^(?:patch_embed|absolute_pos_embed)", "blocks": [*merging, blocks, (r"^norm", (99999,))]}
+
+    def mixer_sites(self) -> list[MixerSite]:
+        sites = []
+        for i, depth in enumerate(self.config.depths):
+            for j in range(depth):
+                place = Place(
+                    dim=self.config.embed_dim * 2**i,
+                    heads=self.config.num_heads[i],
+                    grid=self.config.grid(i),
+                    index=len(sites),
+                    depth=sum(self.config.depths),
+                )
+                sites.append(MixerSite(path=f"layers.{i}.blocks.{j}.attn", place=place))
+        return sites
+
+
+class Swin(WindowPyramid):
+    """Swin, and Swin-MLP, in the classification and dense forms."""
+
+    config: SwinConfig
+
+    def block(self, stage: int, *, shifted: bool, drop_path: float) -> nn.Module:
+        return Block(self.config, stage, shifted=shifted, drop_path=drop_path)
+
+    def merging(self, dim: int) -> nn.Module:
+        return PatchMerging(dim)
 
     def no_weight_decay(self) -> set[str]:
         names = ("relative_position_bias_table", "absolute_pos_embed")

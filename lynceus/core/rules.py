@@ -22,7 +22,8 @@ from lynceus.core.positions import resize_table
 REBUILT = ("num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask", "position_ids")
 # tables that may be stored for another grid
 TABLES = re.compile(
-    r"(pos_?embed(ding)?s?|position_embeddings?|positional_embedding|relative_position_bias_table|rel_pos_[hw])$"
+    r"(pos_?embed(ding)?s?|position_embeddings?|positional_embedding|relative_position_bias_table|rel_pos_[hw]|"
+    r"complex_weight)$"
 )
 
 
@@ -33,7 +34,8 @@ class Rule:
     pattern: regular expression, used with `re.sub` on the whole name (anchor it with ^ and $ where that matters).
     name: its replacement ("\\\\1" groups allowed); None drops the entry (buffers that are always rebuilt).
     transform: applied to the value when the pattern matches: a name of `TRANSFORMS`, or a function Tensor -> Tensor.
-      "split_qkv": `name` holds {q,k,v} and the value is cut into as many parts along its first axis.
+      "split_qkv": `name` holds {q,k,v} and the value is cut into as many parts along its first axis; a part without a
+        name, as in {q,,v}, is dropped.
       "merge_qkv": several entries take the same `name` and are joined along their first axis, q before k before v.
       "tie": `name` holds {a,b} and both get the same value.
       "resize_positions", "resize_rel_bias": the value is resized to the model's own table.
@@ -77,7 +79,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> tuple[dict[
         name: str | None = origin
         entry = Translated(tensor, origin)
         merge = False
-        names: list[str] | None = None
+        names: list[str | None] | None = None
         for rule in rules:
             if name is None or names is not None or not re.search(rule.pattern, name):
                 continue
@@ -102,6 +104,8 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> tuple[dict[
             dropped.append(origin)
         elif names is not None:
             for new, value in zip(names, values):
+                if new is None:
+                    continue
                 _put(out, new, Translated(value, origin, list(entry.done)))
         elif merge:
             parts.setdefault(name, []).append(entry)
@@ -265,12 +269,13 @@ def _transform(given: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return TRANSFORMS[given]
 
 
-def _braces(name: str) -> list[str]:
-    """ "a.{q,k,v}.b" -> ["a.q.b", "a.k.b", "a.v.b"]; "{a.b,c.d}" -> ["a.b", "c.d"]."""
+def _braces(name: str) -> list[str | None]:
+    """ "a.{q,k,v}.b" -> ["a.q.b", "a.k.b", "a.v.b"]; "{a.b,c.d}" -> ["a.b", "c.d"]; "{q,,v}" -> ["q", None, "v"]."""
     found = re.search(r"\{([^{}]+)\}", name)
     if found is None:
         raise AdviceError(f"The rule's name {name!r} must hold the parts in braces, e.g. 'attn.{{q,k,v}}.weight'.")
-    return [name[: found.start()] + part.strip() + name[found.end() :] for part in found[1].split(",")]
+    parts = [part.strip() for part in found[1].split(",")]
+    return [name[: found.start()] + part + name[found.end() :] if part else None for part in parts]
 
 
 def _qkv_rank(name: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import pad_map
-from lynceus.layers.fused import fusable, linear
+from lynceus.layers.fused import fusable, hooked, linear
 
 BLOCKED = -100.0  # added to the logits of pairs that only meet because the map was rolled
 
@@ -96,13 +96,91 @@ def shift_mask(
     return blocked.float() * BLOCKED
 
 
-class WindowAttention(nn.Module):
+class Windowed(nn.Module):
+    """Softmax attention inside each window. A kind of attention adds where the bias of relative positions comes from
+    (`table`, from the tensors `sources`) and how windows become queries, keys and values (`heads_of`).
+    """
+
+    relative_index: Tensor
+    qkv: nn.Linear
+    proj: nn.Linear
+    scale: float | None = None  # of the logits; None: head width ** -0.5
+
+    def __init__(self, dim: int, heads: int, window: int, *, shift: int, attn_drop: float, proj_drop: float):
+        super().__init__()
+        if dim % heads:
+            raise AdviceError(
+                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. {heads * max(dim // heads, 1)}."
+            )
+        self.heads, self.window, self.shift = heads, window, shift
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.register_buffer("relative_index", relative_index(window).flatten(), persistent=False)
+        self._kept: tuple[tuple[int, int, torch.dtype], tuple[Tensor, ...], Tensor] | None = None
+
+    def table(self) -> Float[Tensor, "places heads"]:
+        """The bias of each of the (2 window - 1)**2 relative positions, row by row."""
+        raise NotImplementedError
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The parameters that `table` is made of."""
+        raise NotImplementedError
+
+    def makers(self) -> tuple[nn.Module, ...]:
+        """The modules that make `table` from them."""
+        return ()
+
+    def heads_of(self, x: Float[Tensor, "windows cells c"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (windows, heads, cells, c / heads)."""
+        raise NotImplementedError
+
+    def bias(self, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "windows heads cells cells"]:
+        """What is added to the logits: (1, heads, n, n), or one for each of rows * columns windows when shifted."""
+        cells = self.window * self.window
+        bias = self.table()[self.relative_index].view(cells, cells, self.heads).permute(2, 0, 1)[None]
+        if self.shift:
+            mask = shift_mask(rows, columns, self.window, self.shift, device=bias.device)
+            bias = bias + mask[:, None].to(bias.dtype)
+        return bias.to(dtype).contiguous()
+
+    def _bias_kept(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """`bias`, from last time if the sizes and every number that it is made of are still the same."""
+        key = (rows, columns, dtype) if self.shift else (0, 0, dtype)
+        if hooked(*self.makers()):
+            return self.bias(rows, columns, dtype)
+        sources, kept = self.sources(), self._kept
+        if kept is not None and kept[0] == key:
+            if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(kept[1], sources)):
+                return kept[2]
+        bias = self.bias(rows, columns, dtype)
+        self._kept = (key, tuple(t.detach().clone() for t in sources), bias)
+        return bias
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        b, h, w, c = x.shape
+        rows, columns = grid(h, w, self.window)
+        cells = self.window * self.window
+        lean = fusable(x) and not self.training
+        x = to_windows(x, self.window, self.shift)
+        count = b * rows * columns
+        q, k, v = self.heads_of(x)
+        bias = self._bias_kept(rows, columns, q.dtype) if lean else self.bias(rows, columns, q.dtype)
+        if self.shift:
+            bias = bias[None].expand(b, -1, -1, -1, -1).reshape(count, self.heads, cells, cells)
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
+        x = x.transpose(1, 2)
+        if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
+            x = x.clone(memory_format=torch.contiguous_format)
+        x = linear(self.proj, x.reshape(count, cells, c))
+        return from_windows(self.proj_drop(x), (b, h, w), self.window, self.shift)
+
+
+class WindowAttention(Windowed):
     """Multi-head attention inside each window, with a learned bias for every relative position.
 
     `relative_position_bias_table` is ((2 window - 1)**2, heads); `qkv` packs [3, heads, dim / heads].
     """
-
-    relative_index: Tensor
 
     def __init__(
         self,
@@ -116,61 +194,24 @@ class WindowAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        if dim % heads:
-            raise AdviceError(
-                f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. {heads * max(dim // heads, 1)}."
-            )
-        self.heads, self.window, self.shift = heads, window, shift
-        self.scale = scale if scale is not None else (dim // heads) ** -0.5
+        super().__init__(dim, heads, window, shift=shift, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.scale = scale
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_index", relative_index(window).flatten(), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self._kept: tuple[tuple[int, int, torch.dtype], Tensor, Tensor] | None = None
 
-    def bias(self, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "windows heads cells cells"]:
-        """What is added to the logits: (1, heads, n, n), or one for each of rows * columns windows when shifted."""
-        cells = self.window * self.window
-        table = self.relative_position_bias_table[self.relative_index].view(cells, cells, self.heads)
-        bias = table.permute(2, 0, 1)[None]
-        if self.shift:
-            mask = shift_mask(rows, columns, self.window, self.shift, device=bias.device)
-            bias = bias + mask[:, None].to(bias.dtype)
-        return bias.to(dtype).contiguous()
+    def table(self) -> Float[Tensor, "places heads"]:
+        return self.relative_position_bias_table
 
-    def _bias_kept(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """`bias`, from last time if the sizes and every number of the table are still the same."""
-        key = (rows, columns, dtype) if self.shift else (0, 0, dtype)
-        table, kept = self.relative_position_bias_table, self._kept
-        if kept is not None and kept[0] == key and kept[1].dtype == table.dtype and torch.equal(kept[1], table):
-            return kept[2]
-        bias = self.bias(rows, columns, dtype)
-        self._kept = (key, table.detach().clone(), bias)
-        return bias
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.relative_position_bias_table,)
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        b, h, w, c = x.shape
-        rows, columns = grid(h, w, self.window)
-        cells = self.window * self.window
-        lean = fusable(x) and not self.training
-        x = to_windows(x, self.window, self.shift)
-        count = b * rows * columns
+    def heads_of(self, x: Float[Tensor, "windows cells c"]) -> tuple[Tensor, Tensor, Tensor]:
+        count, cells, c = x.shape
         qkv = linear(self.qkv, x).view(count, cells, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self._bias_kept(rows, columns, q.dtype) if lean else self.bias(rows, columns, q.dtype)
-        if self.shift:
-            bias = bias[None].expand(b, -1, -1, -1, -1).reshape(count, self.heads, cells, cells)
-        drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
-        x = x.transpose(1, 2)
-        if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = linear(self.proj, x.reshape(count, cells, c))
-        return from_windows(self.proj_drop(x), (b, h, w), self.window, self.shift)
+        return q, k, v
 
 
 class WindowMlp(nn.Module):

@@ -37,9 +37,12 @@ from lynceus.reengineer.filling import filled, fingerprint, gap, image
 TOLERANCE = 1e-6  # in units of the output's standard deviation
 
 FAMILIES: dict[str, str] = {
+    "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
+    "hornet": "lynceus.reengineer.keys.hornet",
     "resnet": "lynceus.reengineer.keys.resnet",
     "swin": "lynceus.reengineer.keys.swin",
+    "swin-v2": "lynceus.reengineer.keys.swin_v2",
     "vit": "lynceus.reengineer.keys.vit",
 }
 KINDS: dict[str, str] = {}  # family -> "module:function", a function record -> list[Row]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lynceus.backbones.keys.swin import SOURCES as SOURCES
-from lynceus.backbones.swin import Swin, SwinConfig
+from lynceus.backbones.swin import Swin, SwinConfig, WindowPyramid
 from lynceus.core.errors import unknown
 from lynceus.core.shapes import to_tokens
 
 # the authors' constructor names -> ours
-_NAMES = {
+NAMES = {
     "img_size": "image_size",
     "pretrain_img_size": "image_size",
     "patch_size": "patch_size",
@@ -42,16 +42,30 @@ _DENSE = {"pretrain_img_size", "out_indices", "frozen_stages"}
 def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a record, from the authors' constructor names.
 
+    Swin-MLP: told by `spatial_mlp` in the state, or the model's name.
+    """
+    fields = fields_of(config, record, NAMES, "Swin")
+    state = (record or {}).get("state", {})
+    if any(".spatial_mlp." in name for name in state) or "mlp" in str((record or {}).get("model", "")):
+        fields["mixer"] = "mlp"
+    return Swin(SwinConfig(**fields))
+
+
+def fields_of(
+    config: Mapping[str, Any], record: Mapping[str, Any] | None, names: Mapping[str, str], family: str
+) -> dict[str, Any]:
+    """Our configuration's fields, from the authors' constructor names.
+
     Dense: told by its own options or, if the record is at hand, by `norm<i>` in its state; else by the absence of both
-    `num_classes` and `img_size`. Swin-MLP: told by `spatial_mlp` in the state, or the model's name.
+    `num_classes` and `img_size`.
     """
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if name in _UNUSED:
             continue
-        if name not in _NAMES:
-            raise unknown("Swin constructor argument", name, {*_NAMES, *_UNUSED})
-        fields[_NAMES[name]] = tuple(value) if isinstance(value, (list, tuple)) else value
+        if name not in names:
+            raise unknown(f"{family} constructor argument", name, {*names, *_UNUSED})
+        fields[names[name]] = tuple(value) if isinstance(value, (list, tuple)) else value
     size = fields.get("image_size", 224)
     fields["image_size"] = (size, size) if isinstance(size, int) else size
     if isinstance(fields.get("patch_size"), tuple):
@@ -64,14 +78,17 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
         if state
         else not {"num_classes", "img_size"} & set(config)
     )
-    if any(".spatial_mlp." in name for name in state) or "mlp" in str((record or {}).get("model", "")):
-        fields["mixer"] = "mlp"
-    return Swin(SwinConfig(**fields))
+    return fields
 
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
     """stage1.. (tokens before any norm; dense: normed maps), features (pooled), logits."""
     assert isinstance(model, Swin)
+    return outputs_of(model, inputs, record)
+
+
+def outputs_of(model: WindowPyramid, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The recorded outputs of a Swin or Swin V2."""
     with torch.no_grad():
         maps = model.forward_stages(inputs["image"])
         dense = model.config.dense

@@ -1,0 +1,89 @@
+"""Scaled cosine attention inside windows, with a continuous position bias: the spatial mixer of Swin V2.
+
+The bias comes from a small perceptron of log-spaced relative coordinates, so a window of another size needs no new
+parameters: coordinates are measured in units of the window that was trained (`pretrained`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lynceus.layers.fused import hooked
+from lynceus.layers.window import Windowed
+
+LARGEST = 4.605170249938965  # of logit_scale: ln 100, in float32 as the authors' code has it
+HIDDEN = 512  # width of the perceptron behind the bias
+
+
+def log_coordinates(window: int, pretrained: int = 0) -> Float[Tensor, "1 side side 2"]:
+    """Row and column offsets -(M - 1) .. M - 1, divided by P - 1, times 8, through sign(t) log2(|t| + 1) / 3.
+
+    pretrained: the window P that the bias was trained with; 0: `window` itself. A window of one cell gives zeros.
+    """
+    unit = max((pretrained if pretrained > 0 else window) - 1, 1)
+    offsets = torch.arange(-(window - 1), window, dtype=torch.float32)
+    t = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)[None] / unit * 8
+    return torch.sign(t) * torch.log2(t.abs() + 1) / 3
+
+
+class WindowCosineAttention(Windowed):
+    """Attention by the cosine of queries and keys, times a learned scale per head, plus 16 sigmoid(perceptron).
+
+    State names as the authors': `logit_scale` (heads, 1, 1), `cpb_mlp`, `qkv` without bias (packs [3, heads, dim /
+    heads]), `q_bias` and `v_bias` (None with qkv_bias=False), `proj`. pretrained: see `log_coordinates`.
+    """
+
+    relative_coords_table: Tensor
+    scale = 1.0
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        *,
+        shift: int = 0,
+        pretrained: int = 0,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim, heads, window, shift=shift, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.pretrained = pretrained
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, heads, bias=False))
+        self.register_buffer("relative_coords_table", log_coordinates(window, pretrained), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def table(self) -> Float[Tensor, "places heads"]:
+        return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.heads))
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return tuple(self.cpb_mlp.parameters())
+
+    def makers(self) -> tuple[nn.Module, ...]:
+        return (self.cpb_mlp, *self.cpb_mlp)
+
+    def project(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch d"]:
+        """Queries, keys and values side by side; an adapter or listener on `qkv` is really called."""
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        if type(self.qkv) is nn.Linear and not hooked(self.qkv):
+            return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x) if bias is None else self.qkv(x) + bias
+
+    def heads_of(self, x: Float[Tensor, "windows cells c"]) -> tuple[Tensor, Tensor, Tensor]:
+        count, cells, c = x.shape
+        qkv = self.project(x).view(count, cells, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.logit_scale.clamp(max=LARGEST).exp()
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v
