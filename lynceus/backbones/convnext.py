@@ -26,6 +26,7 @@ from lynceus.core.types import Stage
 from lynceus.layers.depthwise import DepthwiseConv
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.fused import fusable
+from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
 
@@ -102,11 +103,7 @@ class ConvNeXt(Backbone):
         strides = [config.patch_size * 2**i for i in range(count)]
         super().__init__(config, [Stage(c, s, f"layers.{i}") for i, (c, s) in enumerate(zip(config.dims, strides))])
         dims = config.dims
-        stem: list[nn.Module] = [nn.Conv2d(config.in_chans, dims[0], config.patch_size, config.patch_size)]
-        if not config.isotropic:
-            stem.append(LayerNorm2d(dims[0], eps=EPS))
-        down = [nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, 2, 2)) for a, b in pairwise(dims)]
-        self.downsample = nn.ModuleList([nn.Sequential(*stem), *down])
+        self.downsample = downsampling(config.in_chans, dims, config.patch_size, stem_norm=not config.isotropic)
         rates = iter(linear_rates(config.drop_path_rate, sum(config.depths)))
         self.layers = nn.ModuleList(
             nn.ModuleList(
@@ -121,7 +118,7 @@ class ConvNeXt(Backbone):
         self.num_classes = classes
         head = nn.Linear(dims[-1], classes) if classes > 0 else nn.Identity()
         self.head = head
-        self.apply(_init)
+        self.apply(init_weights)
         if isinstance(head, nn.Linear):
             head.weight.data.mul_(config.head_init_scale)
             head.bias.data.mul_(config.head_init_scale)
@@ -139,6 +136,11 @@ class ConvNeXt(Backbone):
     def pool(self, features: Tensor) -> Float[Tensor, "b c"]:
         vector: Tensor = self.norm(features.mean((-2, -1)))
         return vector
+
+    def mixer_sites(self) -> list[MixerSite]:
+        c = self.config
+        rows, columns = (n // c.patch_size for n in c.image_size)
+        return map_sites("dwconv", c.depths, c.dims, (rows, columns))
 
     # layer decay -------------------------------------------------------------------------------------
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -202,7 +204,32 @@ class ConvNeXt(Backbone):
         return [groups[key] for key in sorted(groups)]
 
 
-def _init(module: nn.Module) -> None:
+def downsampling(in_chans: int, dims: Sequence[int], patch: int, *, stem_norm: bool = True) -> nn.ModuleList:
+    """What opens each stage: patches and LayerNorm, then LayerNorm and a 2x2 convolution of stride 2."""
+    stem: list[nn.Module] = [nn.Conv2d(in_chans, dims[0], patch, patch)]
+    if stem_norm:
+        stem.append(LayerNorm2d(dims[0], eps=EPS))
+    down = [nn.Sequential(LayerNorm2d(a, eps=EPS), nn.Conv2d(a, b, 2, 2)) for a, b in pairwise(dims)]
+    return nn.ModuleList([nn.Sequential(*stem), *down])
+
+
+def map_sites(name: str, depths: Sequence[int], dims: Sequence[int], grid: tuple[int, int]) -> list[MixerSite]:
+    """The mixers `layers.<stage>.<block>.<name>` of a pyramid that halves its map from stage to stage.
+
+    grid: rows and columns of the first stage's map at the size that the network is made for.
+    """
+    sites, index = [], 0
+    for i, (depth, dim) in enumerate(zip(depths, dims)):
+        size = (max(grid[0] >> i, 1), max(grid[1] >> i, 1))
+        for block in range(depth):
+            place = Place(dim=dim, grid=size, index=index, depth=sum(depths))
+            sites.append(MixerSite(path=f"layers.{i}.{block}.{name}", place=place))
+            index += 1
+    return sites
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal .02 and zero biases."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

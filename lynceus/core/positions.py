@@ -1,4 +1,4 @@
-"""Position tables of another size: grids resized bicubic with extra tokens kept, relative-bias tables per head."""
+"""Tables of another size: position grids bicubic with extra tokens kept, relative-bias tables per head, spectra."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def resize_rel_bias(table: Tensor, count: int) -> Tensor:
     return image.reshape(-1, count).T.to(table.dtype)
 
 
+def resize_spectrum(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """(c, h, w, 2) -> (c, *size, 2): bilinear with corners aligned, real and imaginary part apart (HorNet's rule)."""
+    planes = F.interpolate(table.permute(3, 0, 1, 2), size=size, mode="bilinear", align_corners=True)
+    return planes.permute(1, 2, 3, 0)
+
+
 def resize_table(value: Tensor, name: str, target: Tensor, model: nn.Module) -> tuple[Tensor, str] | None:
     """(resized value, what was done), or None when the two are not tables of one kind."""
     have, want = tuple(value.shape), tuple(target.shape)
@@ -46,6 +52,11 @@ def resize_table(value: Tensor, name: str, target: Tensor, model: nn.Module) -> 
         a, b = math.isqrt(have[0]), math.isqrt(want[0])
         done = f"resize_rel_bias {a}x{a} -> {b}x{b}"
         return resize_rel_bias(value, want[0]), done
+    if name.endswith("complex_weight") and len(have) == len(want) == 4:
+        if have[0] != want[0] or have[3] != want[3]:
+            return None
+        done = f"resize_spectrum {have[1]}x{have[2]} -> {want[1]}x{want[2]} (bilinear, corners aligned)"
+        return resize_spectrum(value, want[1:3]).contiguous(), done
     if len(have) == 4 and len(want) == 4 and have[:2] == want[:2]:
         image = F.interpolate(value.float(), size=want[2:], mode="bicubic", align_corners=False).to(value.dtype)
         return image, f"resize_positions {have[2]}x{have[3]} -> {want[2]}x{want[3]}"

@@ -17,7 +17,11 @@ from lynceus.core.config import from_dict
 from lynceus.core.errors import unknown
 
 # name -> "module:configuration"
-MIXERS: dict[str, str] = {}
+MIXERS: dict[str, str] = {
+    "depthwise": "lynceus.layers.depthwise:DepthwiseMixer",
+    "gated_conv": "lynceus.layers.gated_conv:GatedConvMixer",
+    "global_filter": "lynceus.layers.global_filter:GlobalFilterMixer",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
