@@ -11,10 +11,16 @@ from torch import Tensor
 
 
 def resize_position(
-    table: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0
+    table: Float[Tensor, "1 n d"],
+    old: tuple[int, int],
+    new: tuple[int, int],
+    *,
+    prefix: int = 0,
+    antialias: bool = True,
 ) -> Float[Tensor, "1 m d"]:
-    """The table (1, prefix + oh*ow, d) for a grid `new`: bicubic with antialias in float32, the `prefix` rows kept.
+    """The table (1, prefix + oh*ow, d) for a grid `new`: bicubic in float32, the `prefix` rows kept.
 
+    antialias: cubic kernel a = -0.5, widened when shrinking (timm); else a = -0.75, never widened (older code).
     The same table comes back when nothing changes. Under export, where the grid is free, the resize is two products
     with matrices made on the spot, which every runtime computes alike.
     """
@@ -24,28 +30,40 @@ def resize_position(
     head, grid = table[:, :prefix], table[:, prefix:]
     grid = grid.reshape(1, old[0], old[1], -1).float()
     if exporting:
-        rows, columns = (cubic_matrix(o, n, device=table.device) for o, n in zip(old, new))
+        rows, columns = (cubic_matrix(o, n, antialias=antialias, device=table.device) for o, n in zip(old, new))
         # explicit batches: a broadcasting product would merge axes and so tie the free sizes to each other
         grid = torch.bmm(columns.expand(old[0], -1, -1), grid[0])  # oh W d
         grid = torch.bmm(rows.expand(new[1], -1, -1), grid.transpose(0, 1)).transpose(0, 1)
     else:
         grid = F.interpolate(
-            grid.permute(0, 3, 1, 2), new, mode="bicubic", antialias=True, align_corners=False
+            grid.permute(0, 3, 1, 2), new, mode="bicubic", antialias=antialias, align_corners=False
         ).permute(0, 2, 3, 1)
     grid = grid.reshape(1, new[0] * new[1], table.shape[-1]).to(table.dtype)
     return torch.cat([head, grid], dim=1)
 
 
-def cubic_matrix(old: int, new: int, *, device: torch.device | None = None) -> Float[Tensor, "new old"]:
-    """Resizes a line of `old` samples to `new` by product: cubic convolution (a = -0.5), widened when shrinking."""
+def cubic_matrix(
+    old: int, new: int, *, antialias: bool = True, device: torch.device | None = None
+) -> Float[Tensor, "new old"]:
+    """Resizes a line of `old` samples to `new` by product, as F.interpolate(mode="bicubic") does in float32.
+
+    antialias: cubic convolution with a = -0.5, widened when shrinking; else a = -0.75, edge samples repeated.
+    """
     step = old / new
-    width: Any = torch.sym_max(step, 1.0)
-    centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * step
-    t = ((torch.arange(old, device=device, dtype=torch.float32) + 0.5 - centre[:, None]) / width).abs()
-    near = (1.5 * t - 2.5) * t * t + 1.0
-    far = ((-0.5 * t + 2.5) * t - 4.0) * t + 2.0
+    width: Any = torch.sym_max(step, 1.0) if antialias else 1.0
+    centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * step - 0.5
+    beyond = 0 if antialias else 2  # samples that the kernel may read on either side of the line
+    place = torch.arange(-beyond, old + beyond, device=device, dtype=torch.float32)
+    t = ((place - centre[:, None]) / width).abs()
+    a = -0.5 if antialias else -0.75
+    near = ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0
+    far = ((a * t - 5.0 * a) * t + 8.0 * a) * t - 4.0 * a
     weight = torch.where(t < 1.0, near, torch.where(t < 2.0, far, torch.zeros_like(t)))
-    return weight / weight.sum(dim=1, keepdim=True)
+    if antialias:
+        return weight / weight.sum(dim=1, keepdim=True)
+    edge = torch.arange(old, device=device)
+    left, right = weight[:, :2].sum(1, keepdim=True), weight[:, -2:].sum(1, keepdim=True)
+    return weight[:, 2:-2] + left * (edge == 0) + right * (edge == old - 1)
 
 
 def sincos_table(height: int, width: int, dim: int) -> Float[Tensor, "1 n d"]:
