@@ -13,7 +13,8 @@ from lynceus.layers.fused import linear
 class Attention(nn.Module):
     """Softmax attention of all tokens with all, scale (c / heads) ** -0.5; `qkv` packs [3, heads, c / heads].
 
-    qk_norm: LayerNorm of queries and keys per head. scale_norm: LayerNorm before `proj`. Both with `norm_eps`.
+    scale: another factor on the logits. qk_norm: LayerNorm of queries and keys per head. scale_norm: LayerNorm before
+    `proj`. Both with `norm_eps`.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class Attention(nn.Module):
         *,
         qkv_bias: bool = True,
         proj_bias: bool = True,
+        scale: float | None = None,
         qk_norm: bool = False,
         scale_norm: bool = False,
         norm_eps: float = 1e-6,
@@ -33,7 +35,7 @@ class Attention(nn.Module):
         if dim % heads:
             good = heads * max(dim // heads, 1)
             raise AdviceError(f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. dim={good}.")
-        self.heads = heads
+        self.heads, self.scale = heads, scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
@@ -42,15 +44,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Float[Tensor, "b n c"], residual: Tensor | None = None) -> Float[Tensor, "b n c"]:
-        """residual: added to the result, inside the last kernel where that is possible."""
-        b, n, c = x.shape
+    def forward(
+        self, x: Float[Tensor, "b *n c"], size: tuple[int, int] | None = None, residual: Tensor | None = None
+    ) -> Float[Tensor, "b *n c"]:
+        """x: tokens b n c or a map b h w c. size: rows and columns of a map inside tokens, of no effect here.
+
+        residual: added to the result, inside the last kernel where that is possible.
+        """
+        b, c, shape = x.shape[0], x.shape[-1], x.shape
+        n = x.shape[1] if x.ndim == 3 else x.shape[1] * x.shape[2]
         qkv = linear(self.qkv, x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=drop)
-        x = self.norm(x.transpose(1, 2).reshape(b, n, c))
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=drop, scale=self.scale)
+        x = self.norm(x.transpose(1, 2).reshape(shape))
         if self.training and self.proj_drop.p > 0:
             x = self.proj_drop(self.proj(x))
             return x if residual is None else residual + x
         return linear(self.proj, x, residual=residual)
+
+    def attention(self, x: Float[Tensor, "b *n c"]) -> Float[Tensor, "b g m m"]:
+        """The attention of every token to every token, as a table: for inspection."""
+        b, c = x.shape[0], x.shape[-1]
+        q, k, _ = self.qkv(x).reshape(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scale = (c // self.heads) ** -0.5 if self.scale is None else self.scale
+        return ((self.q_norm(q) * scale) @ self.k_norm(k).transpose(-2, -1)).softmax(-1)

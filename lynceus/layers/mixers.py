@@ -21,6 +21,8 @@ MIXERS: dict[str, str] = {
     "depthwise": "lynceus.layers.depthwise:DepthwiseMixer",
     "gated_conv": "lynceus.layers.gated_conv:GatedConvMixer",
     "global_filter": "lynceus.layers.global_filter:GlobalFilterMixer",
+    "gated_position": "lynceus.layers.gated_position:GatedPositionMixer",
+    "outlook": "lynceus.layers.outlook:OutlookMixer",
 }
 
 

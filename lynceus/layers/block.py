@@ -1,0 +1,48 @@
+"""The pre-norm block of transformers: a token mixer and a perceptron, each behind a LayerNorm and beside a shortcut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lynceus.layers.attention import Attention
+from lynceus.layers.drop import DropPath
+from lynceus.layers.fused import fusable, hooked
+from lynceus.layers.gated_position import GatedPositionAttention
+from lynceus.layers.mlp import Mlp
+from lynceus.layers.outlook import OutlookAttention
+
+# branches that add the shortcut themselves, inside their last kernel
+ADDING = (Attention, GatedPositionAttention, OutlookAttention, Mlp)
+
+
+class MixerBlock(nn.Module):
+    """x + attn(norm1 x), then x + mlp(norm2 x), with stochastic depth on both; `attn` is whatever mixes tokens.
+
+    mixer: a map mixer for x b h w c, or, where `forward` is given a size, a token mixer called as attn(x, size).
+    hidden: width of the perceptron. drop: dropout inside it. drop_path: rate of stochastic depth.
+    """
+
+    def __init__(
+        self, dim: int, mixer: nn.Module, hidden: int, *, eps: float = 1e-6, drop: float = 0.0, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = mixer
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, hidden, drop=drop)
+
+    def forward(self, x: Float[Tensor, "b *n c"], size: tuple[int, int] | None = None) -> Float[Tensor, "b *n c"]:
+        """x: a map b h w c; or tokens b n c that hold a map of `size` (rows, columns) and more."""
+        x = self._add(x, self.attn, self.norm1(x), *(() if size is None else (size,)))
+        return self._add(x, self.mlp, self.norm2(x))
+
+    def _add(self, x: Tensor, branch: nn.Module, normed: Tensor, *size: Any) -> Tensor:
+        lean = not self.training and fusable(x) and not hooked(branch, self.drop_path)
+        if lean and isinstance(branch, ADDING):
+            out: Tensor = branch(normed, *size, residual=x)
+            return out
+        return x + self.drop_path(branch(normed, *size))
