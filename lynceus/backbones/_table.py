@@ -7,8 +7,11 @@ from importlib import import_module
 from types import ModuleType
 
 FAMILIES: dict[str, str] = {
+    "cvt": "lynceus.backbones.cvt",
     "convit": "lynceus.backbones.convit",
     "convnext": "lynceus.backbones.convnext",
+    "lsnet": "lynceus.backbones.lsnet",
+    "halonet": "lynceus.backbones.halonet",
     "hornet": "lynceus.backbones.hornet",
     "resnet": "lynceus.backbones.resnet",
     "swin": "lynceus.backbones.swin",

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
-from lynceus.layers.conv_norm import ConvNormAct
+from lynceus.layers.conv_norm_act import ConvNormAct
 from lynceus.layers.gated_conv import GatedConv2d
 
 Map = Float[Tensor, "b _ _ _"]
@@ -53,14 +53,8 @@ class GatedFPN(nn.Module):
             raise AdviceError(f"start {start} and end {end} must name maps in order, from 0 to {len(dims) - 1}.")
         self.dims, self.count = tuple(dims), len(used) if count is None else count
         if self.count < len(used) or (self.count > len(used) and self.end < len(dims) - 1):
-            raise AdviceError(
-                f"{len(used)} maps are used, so count cannot be {count}: take count={len(used)}"
-                + (
-                    ", or more of them."
-                    if self.end == len(dims) - 1
-                    else " (levels are added behind the last map only)."
-                )
-            )
+            more = " or more" if self.end == len(dims) - 1 else ""
+            raise AdviceError(f"{len(used)} maps are used, so count cannot be {count}: take {len(used)}{more}.")
         self.laterals = nn.ModuleList(_brick(c, out, 1, norm and lateral_norm, act) for c in used)
         self.outputs = nn.ModuleList(
             GatedConv2d(
@@ -100,8 +94,9 @@ class GatedUPer(nn.Module):
     """UPerNet's decoder whose last fusion, over all levels at the finest size, is a g^nConv; with a 1x1 classifier.
 
     dims: channels of the maps that come in, fine -> coarse; width: channels inside. num_classes: 0 leaves the
-    classifier out. pool_scales: cells of the pyramid pooling on the coarsest map. norm, act: batch norm and ReLU after every
-    convolution. order, kernel, table, ratio, project: of the gated one (`GatedConv2d`). drop_rate: of whole channels before the classifier.
+    classifier out. pool_scales: cells of the pyramid pooling on the coarsest map. norm, act: batch norm and ReLU after
+    every convolution. order, kernel, table, ratio, project: of the gated one (`GatedConv2d`). drop_rate: of whole
+    channels before the classifier.
     """
 
     def __init__(
@@ -139,8 +134,9 @@ class GatedUPer(nn.Module):
             act=act,
         )
         self.drop = nn.Dropout2d(drop_rate)
-        self.head = nn.Conv2d(width, num_classes, 1) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if num_classes:
+            self.head = nn.Conv2d(width, num_classes, 1)
             nn.init.normal_(self.head.weight, std=0.01)
 
     def fused(self, maps: Sequence[Map]) -> Float[Tensor, "b d h w"]:

@@ -11,15 +11,24 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lynceus.core.config import from_dict
 from lynceus.core.errors import unknown
 
 # name -> "module:configuration"
 MIXERS: dict[str, str] = {
+    "attention": "lynceus.layers.attention:AttentionMixer",
+    "hyena": "lynceus.layers.hyena:HyenaMixer",
+    "conv_projection": "lynceus.layers.conv_projection:ConvProjectionMixer",
+    "window": "lynceus.layers.window:WindowMixer",
+    "window_mlp": "lynceus.layers.window:WindowMlpMixer",
+    "window_cosine": "lynceus.layers.window_cosine:WindowCosineMixer",
     "depthwise": "lynceus.layers.depthwise:DepthwiseMixer",
     "gated_conv": "lynceus.layers.gated_conv:GatedConvMixer",
+    "halo": "lynceus.layers.halo:HaloMixer",
     "global_filter": "lynceus.layers.global_filter:GlobalFilterMixer",
     "gated_position": "lynceus.layers.gated_position:GatedPositionMixer",
     "outlook": "lynceus.layers.outlook:OutlookMixer",
@@ -70,3 +79,35 @@ def mixer_config(name: str, options: Mapping[str, Any] | None = None) -> MixerCo
     module, _, attribute = MIXERS[name].partition(":")
     made: MixerConfig = from_dict(getattr(import_module(module), attribute), dict(options or {}), where=f"mixer {name}")
     return made
+
+
+class OnTokens(nn.Module):
+    """A map mixer where a block carries tokens: called as mixer(x, (h, w)), x being the map's tokens and `extra` others.
+
+    The map is mixed alone; the other tokens get its mean. A mixer that takes sequences of any tokens says so by a
+    method `mix_tokens`, and is then given all of them.
+    """
+
+    def __init__(self, mixer: nn.Module, *, extra: int = 0, where: Literal["prefix", "middle"] = "prefix"):
+        super().__init__()
+        self.mixer = mixer
+        self.extra, self.where = extra, where
+
+    def forward(self, x: Float[Tensor, "b n c"], size: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        mix_tokens = getattr(self.mixer, "mix_tokens", None)
+        if mix_tokens is not None:
+            mixed: Tensor = mix_tokens(x)
+            return mixed
+        (h, w), e = size, self.extra
+        at = h * w // 2 if self.where == "middle" else 0
+        image = x if e == 0 else x[:, e:] if at == 0 else torch.cat([x[:, :at], x[:, at + e :]], 1)
+        y = self.mixer(image.reshape(x.shape[0], h, w, x.shape[2])).reshape(image.shape)
+        if e == 0:
+            return y
+        others = y.mean(1, keepdim=True).expand(-1, e, -1)
+        return torch.cat([others, y] if self.where == "prefix" else [y[:, :at], others, y[:, at:]], 1)
+
+
+def placed(mixer: nn.Module, site: MixerSite) -> nn.Module:
+    """A map mixer as the block at `site` calls it."""
+    return mixer if site.call == "map" else OnTokens(mixer, extra=site.extra, where=site.where)

@@ -37,8 +37,11 @@ from lynceus.reengineer.filling import filled, fingerprint, gap, image
 TOLERANCE = 1e-6  # in units of the output's standard deviation
 
 FAMILIES: dict[str, str] = {
+    "cvt": "lynceus.reengineer.keys.cvt",
     "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
+    "lsnet": "lynceus.reengineer.keys.lsnet",
+    "halonet": "lynceus.reengineer.keys.halonet",
     "hornet": "lynceus.reengineer.keys.hornet",
     "resnet": "lynceus.reengineer.keys.resnet",
     "swin": "lynceus.reengineer.keys.swin",
