@@ -7,16 +7,18 @@ from importlib import import_module
 from types import ModuleType
 
 FAMILIES: dict[str, str] = {
-    "cvt": "lynceus.backbones.cvt",
     "convit": "lynceus.backbones.convit",
     "convnext": "lynceus.backbones.convnext",
     "lsnet": "lynceus.backbones.lsnet",
     "halonet": "lynceus.backbones.halonet",
+    "cvt": "lynceus.backbones.cvt",
     "hornet": "lynceus.backbones.hornet",
+    "hyena_vit": "lynceus.backbones.hyena_vit",
     "resnet": "lynceus.backbones.resnet",
     "swin": "lynceus.backbones.swin",
     "swin_v2": "lynceus.backbones.swin_v2",
     "vit": "lynceus.backbones.vit",
+    "volo": "lynceus.backbones.volo",
 }
 
 

@@ -279,7 +279,7 @@ class WindowPyramid(Backbone):
         return {"stem": r"^(?:patch_embed|absolute_pos_embed)", "blocks": [*merging, blocks, (r"^norm", (99999,))]}
 
     def mixer_sites(self) -> list[MixerSite]:
-        sites = []
+        sites: list[MixerSite] = []
         for i, depth in enumerate(self.config.depths):
             for j in range(depth):
                 place = Place(

@@ -11,6 +11,7 @@ Only the differences from Swin stand here; stages, window rules, dense form and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -122,9 +123,7 @@ _SIZES = {  # width, depth of the third stage, heads of the first, drop-path rat
 }
 
 
-def _variant(
-    size: str, side: int, window: int, pretrained: tuple[int, ...] = (), drop_path: float = -1
-) -> SwinV2Config:
+def _variant(size: str, side: int, window: int, **options: Any) -> SwinV2Config:
     width, depth, heads, rate = _SIZES[size]
     return SwinV2Config(
         image_size=(side, side),
@@ -132,8 +131,7 @@ def _variant(
         depths=(2, 2, depth, 2),
         num_heads=tuple(heads * 2**i for i in range(4)),
         window_size=window,
-        pretrained_window_sizes=pretrained,
-        drop_path_rate=rate if drop_path < 0 else drop_path,
+        **{"drop_path_rate": rate, **options},
     )
 
 
@@ -149,12 +147,12 @@ def _variants() -> dict[str, SwinV2Config]:
             # the authors' name, and timm's
             table[f"swinv2_{size}_patch4_window{window}_256"] = table[f"swinv2_{size}_window{window}_256"] = config
         table[f"swin_v2_{size}"] = table[f"swinv2_{size}_window8_256"]
-    wide = (12, 12, 12, 6)
+    wide: dict[str, Any] = {"pretrained_window_sizes": (12, 12, 12, 6), "drop_path_rate": 0.2}
     for size in ("base", "large"):
-        table[f"swinv2_{size}_patch4_window12_192_22k"] = _variant(size, 192, 12, drop_path=0.2)
+        table[f"swinv2_{size}_patch4_window12_192_22k"] = _variant(size, 192, 12, drop_path_rate=0.2)
         table[f"swinv2_{size}_window12_192"] = table[f"swinv2_{size}_patch4_window12_192_22k"]
         for side, window in ((256, 16), (384, 24)):
-            config = _variant(size, side, window, wide, drop_path=0.2)
+            config = _variant(size, side, window, **wide)
             name = f"window12to{window}_192to{side}"
             table[f"swinv2_{size}_patch4_{name}_22kto1k_ft"] = table[f"swinv2_{size}_{name}"] = config
     table["swin_v2_large"] = table["swinv2_large_window12_192"]

@@ -14,10 +14,18 @@ LARGEST, PIECE = (
 )  # bytes of the hidden layer: above the first, inference on a CPU goes in pieces of the second
 
 
-class Mlp(nn.Module):
-    """fc1 -> exact GELU -> dropout -> fc2 -> dropout on the last axis, whatever stands before it.
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), an approximation of GELU."""
 
-    hidden: width in between. norm_eps: given, a LayerNorm `norm` of that eps stands before fc2.
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    """fc1 -> activation -> dropout -> fc2 -> dropout on the last axis, whatever stands before it.
+
+    hidden: width in between. act: None for the exact GELU. norm_eps: given, a LayerNorm `norm` of that eps stands
+    before fc2.
     """
 
     def __init__(
@@ -28,11 +36,12 @@ class Mlp(nn.Module):
         out: int | None = None,
         bias: bool = True,
         drop: float = 0.0,
+        act: nn.Module | None = None,
         norm_eps: float | None = None,
     ):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.act = nn.GELU()
+        self.act = nn.GELU() if act is None else act
         self.drop = nn.Dropout(drop)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, out or dim, bias=bias)

@@ -7,6 +7,8 @@ the map's size is made on demand from that size, so no mask can be stale and siz
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import pad_map
 from lynceus.layers.fused import fusable, hooked, linear
+from lynceus.layers.mixers import Place
 
 BLOCKED = -100.0  # added to the logits of pairs that only meet because the map was rolled
 
@@ -96,6 +99,10 @@ def shift_mask(
     return blocked.float() * BLOCKED
 
 
+def _equal(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(old, new))
+
+
 class Windowed(nn.Module):
     """Softmax attention inside each window. A kind of attention adds where the bias of relative positions comes from
     (`table`, from the tensors `sources`) and how windows become queries, keys and values (`heads_of`).
@@ -149,9 +156,8 @@ class Windowed(nn.Module):
         if hooked(*self.makers()):
             return self.bias(rows, columns, dtype)
         sources, kept = self.sources(), self._kept
-        if kept is not None and kept[0] == key:
-            if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(kept[1], sources)):
-                return kept[2]
+        if kept is not None and kept[0] == key and _equal(kept[1], sources):
+            return kept[2]
         bias = self.bias(rows, columns, dtype)
         self._kept = (key, tuple(t.detach().clone() for t in sources), bias)
         return bias
@@ -246,3 +252,39 @@ class WindowMlp(nn.Module):
         x = from_windows(x, size, self.window)
         start = before if self.shift else 0
         return x[:, start : start + h, start : start + w]
+
+
+def window_of(place: Place, window: int, shift: bool | None) -> tuple[int, int]:
+    """(side, shift) of the windows at a place: no larger than its map; odd blocks are shifted if `shift` is None."""
+    least = min(place.grid)
+    side = min(window, least)
+    moved = side < least and (place.index % 2 == 1 if shift is None else shift)
+    return side, side // 2 if moved else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowMixer:
+    """Window attention. heads: None for those of the place. window: its side, no larger than the place's map. shift:
+    whether windows are shifted by half; None: in every second block."""
+
+    heads: int | None = None
+    window: int = 7
+    shift: bool | None = None
+    qkv_bias: bool = True
+
+    def build(self, place: Place) -> nn.Module:
+        side, shift = window_of(place, self.window, self.shift)
+        return WindowAttention(place.dim, self.heads or place.heads, side, shift=shift, qkv_bias=self.qkv_bias)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowMlpMixer:
+    """Swin-MLP's matrices inside windows; options as WindowMixer's."""
+
+    heads: int | None = None
+    window: int = 7
+    shift: bool | None = None
+
+    def build(self, place: Place) -> nn.Module:
+        side, shift = window_of(place, self.window, self.shift)
+        return WindowMlp(place.dim, self.heads or place.heads, side, shift=shift)

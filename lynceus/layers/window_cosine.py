@@ -7,6 +7,7 @@ parameters: coordinates are measured in units of the window that was trained (`p
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.layers.fused import hooked
-from lynceus.layers.window import Windowed
+from lynceus.layers.mixers import Place
+from lynceus.layers.window import Windowed, window_of
 
 LARGEST = 4.605170249938965  # of logit_scale: ln 100, in float32 as the authors' code has it
 HIDDEN = 512  # width of the perceptron behind the bias
@@ -87,3 +89,22 @@ class WindowCosineAttention(Windowed):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scale = self.logit_scale.clamp(max=LARGEST).exp()
         return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowCosineMixer:
+    """Cosine attention in windows. heads: None for those of the place. window: its side, no larger than the place's
+    map. shift: whether windows are shifted by half; None: in every second block. pretrained: see `log_coordinates`."""
+
+    heads: int | None = None
+    window: int = 8
+    shift: bool | None = None
+    pretrained: int = 0
+    qkv_bias: bool = True
+
+    def build(self, place: Place) -> nn.Module:
+        side, shift = window_of(place, self.window, self.shift)
+        heads = self.heads or place.heads
+        return WindowCosineAttention(
+            place.dim, heads, side, shift=shift, pretrained=self.pretrained, qkv_bias=self.qkv_bias
+        )

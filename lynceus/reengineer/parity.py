@@ -37,16 +37,18 @@ from lynceus.reengineer.filling import filled, fingerprint, gap, image
 TOLERANCE = 1e-6  # in units of the output's standard deviation
 
 FAMILIES: dict[str, str] = {
-    "cvt": "lynceus.reengineer.keys.cvt",
     "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
     "lsnet": "lynceus.reengineer.keys.lsnet",
     "halonet": "lynceus.reengineer.keys.halonet",
+    "cvt": "lynceus.reengineer.keys.cvt",
     "hornet": "lynceus.reengineer.keys.hornet",
+    "hyena-nd": "lynceus.reengineer.keys.hyena_vit",
     "resnet": "lynceus.reengineer.keys.resnet",
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",
     "vit": "lynceus.reengineer.keys.vit",
+    "volo": "lynceus.reengineer.keys.volo",
 }
 KINDS: dict[str, str] = {}  # family -> "module:function", a function record -> list[Row]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lynceus.backbones.keys.swin import SOURCES as SWIN
 from lynceus.core.rules import Rule
 
-_STAGE = r"^swinv2\.encoder\.layers\.(\d+)\."
+_SELF = r"\.attention\.self\."
 
 SOURCES: dict[str, tuple[Rule, ...]] = {
     "authors": (*SWIN["authors"], Rule(pattern=r"\.rpe_mlp\.", name=".cpb_mlp.")),  # rpe_mlp: an old name
@@ -27,14 +27,12 @@ SOURCES: dict[str, tuple[Rule, ...]] = {
         Rule(pattern=r"^swinv2\.embeddings\.position_embeddings$", name="absolute_pos_embed"),
         Rule(pattern=r"^swinv2\.layernorm\.", name="norm."),
         Rule(pattern=r"^classifier\.", name="head."),
-        Rule(pattern=_STAGE, name=r"layers.\1."),
-        Rule(
-            pattern=r"\.attention\.self\.(?:query|key|value)\.weight$", name=".attn.qkv.weight", transform="merge_qkv"
-        ),
-        Rule(pattern=r"\.attention\.self\.query\.bias$", name=".attn.q_bias"),
-        Rule(pattern=r"\.attention\.self\.value\.bias$", name=".attn.v_bias"),
-        Rule(pattern=r"\.attention\.self\.logit_scale$", name=".attn.logit_scale"),
-        Rule(pattern=r"\.attention\.self\.continuous_position_bias_mlp\.", name=".attn.cpb_mlp."),
+        Rule(pattern=r"^swinv2\.encoder\.layers\.(\d+)\.", name=r"layers.\1."),
+        Rule(pattern=_SELF + r"(?:query|key|value)\.weight$", name=".attn.qkv.weight", transform="merge_qkv"),
+        Rule(pattern=_SELF + r"query\.bias$", name=".attn.q_bias"),
+        Rule(pattern=_SELF + r"value\.bias$", name=".attn.v_bias"),
+        Rule(pattern=_SELF + r"logit_scale$", name=".attn.logit_scale"),
+        Rule(pattern=_SELF + r"continuous_position_bias_mlp\.", name=".attn.cpb_mlp."),
         Rule(pattern=r"\.attention\.output\.dense\.", name=".attn.proj."),
         Rule(pattern=r"\.intermediate\.dense\.", name=".mlp.fc1."),
         Rule(pattern=r"\.output\.dense\.", name=".mlp.fc2."),
