@@ -92,7 +92,7 @@ class GatedPositionAttention(nn.Module):
 
     def attention(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b g n n"]:
         """The attention of every cell to every cell, as one table: for inspection, and for dropout of its entries."""
-        b, h, w, c = x.shape
+        b, h, w, _ = x.shape
         q, k = self._heads(linear(self.qk, x), b, h * w, 2)
         content = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
         rows, columns = self.position(h, w)

@@ -86,7 +86,7 @@ class OutlookAttention(nn.Module):
 def windows(
     x: Float[Tensor, "b h w c"], count: tuple[int, int], kernel: int, stride: int, padding: int
 ) -> Float[Tensor, "b rows columns k k c"]:
-    """A view of `count` (rows, columns) windows; zeros outside the map. Window i starts at cell i * stride - padding."""
+    """A view of `count` (rows, columns) windows, zeros outside the map; window i starts at i * stride - padding."""
     h, w = x.shape[1:3]
     down, across = ((n - 1) * stride + kernel - padding - size for n, size in zip(count, (h, w)))
     x = F.pad(x, (0, 0, padding, across, padding, down))

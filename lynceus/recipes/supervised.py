@@ -241,15 +241,27 @@ def mix(image: Tensor, label: Tensor, config: SupervisedConfig, generator: torch
     return mixed, label * keep + label.flip(0) * (1 - keep)
 
 
+def random_crop_box(
+    height: int, width: int, scale: tuple[float, float], generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of a rectangle with `scale` of the area and proportions 3/4 to 4/3."""
+    u = torch.rand(4, generator=generator).tolist()
+    area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
+    ratio = math.exp((u[1] * 2 - 1) * math.log(4 / 3))
+    high = min(height, max(1, round(math.sqrt(area / ratio))))
+    wide = min(width, max(1, round(math.sqrt(area * ratio))))
+    return int(u[2] * (height - high + 1)), int(u[3] * (width - wide + 1)), high, wide
+
+
 def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A rectangle with `scale` of the area and proportions 3/4 to 4/3 of (c, h, w), resized to `size` (antialiased)."""
+    """A random rectangle of (c, h, w) (see `random_crop_box`), resized to `size` with antialias."""
+    box = random_crop_box(int(image.shape[-2]), int(image.shape[-1]), scale, generator)
+    return resized_crop(image, box, size)
+
+
+def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """The rectangle (top, left, rows, columns) of (c, h, w), resized to `size` with antialias."""
     from torchvision.transforms.v2 import functional as tv
 
-    h, w = int(image.shape[-2]), int(image.shape[-1])
-    u = torch.rand(4, generator=generator).tolist()
-    area = h * w * (scale[0] + u[0] * (scale[1] - scale[0]))
-    ratio = math.exp((u[1] * 2 - 1) * math.log(4 / 3))
-    high, wide = min(h, max(1, round(math.sqrt(area / ratio)))), min(w, max(1, round(math.sqrt(area * ratio))))
-    top, left = int(u[2] * (h - high + 1)), int(u[3] * (w - wide + 1))
-    made: Tensor = tv.resized_crop(image, top, left, high, wide, [size, size], antialias=True)
+    made: Tensor = tv.resized_crop(image, *box, [size, size], antialias=True)
     return made

@@ -68,13 +68,18 @@ class Classifier(nn.Module):
     def image_size(self) -> tuple[int, int] | None:
         return self.task.size
 
-    def forward(self, image: Tensor) -> Float[Tensor, "b k"]:
+    def prepared(self, image: Tensor) -> Float[Tensor, "b c h w"]:
+        """What the backbone is given for pixels: three channels, the size of the task, normalised."""
         x = as_float(image)
         if x.shape[1] == 1 and self.normalise.mean.shape[1] == 3:
             x = x.expand(-1, 3, -1, -1)
         if self.task.size is not None and tuple(x.shape[-2:]) != self.task.size:
             x = resized(x, self.task.size, self.task.resize)
-        logits: Tensor = self.backbone(self.normalise(x))
+        out: Tensor = self.normalise(x)
+        return out
+
+    def forward(self, image: Tensor) -> Float[Tensor, "b k"]:
+        logits: Tensor = self.backbone(self.prepared(image))
         return logits
 
 
