@@ -22,7 +22,7 @@ EPS = 1e-6
 
 
 class GlobalFilter(nn.Module):
-    """pre_norm -> 3x3 depthwise on the first half, product with a table in the Fourier domain on the second -> post_norm.
+    """pre_norm -> first half: 3x3 depthwise, second half: product with a table in the Fourier domain -> post_norm.
 
     The halves come back interleaved: x1[0], x2[0], x1[1], x2[1], ... `complex_weight` is (dim / 2, *table, 2) with real
     and imaginary part last; table: rows and columns of the half spectrum of a map h x w, (h, w // 2 + 1). Maps of
@@ -39,9 +39,10 @@ class GlobalFilter(nn.Module):
         self.pre_norm = nn.LayerNorm(dim, eps=EPS)
         self.post_norm = nn.LayerNorm(dim, eps=EPS)
 
-    def spectrum(self, height: int, width: int) -> Complex[Tensor, "height width//2+1 c"]:
-        """The factors for a map of that size."""
-        table, size = self.complex_weight, (height, width // 2 + 1)
+    def spectrum(self, height: int, width: int) -> Complex[Tensor, "h v c"]:
+        """The factors for a map of that size; v = width // 2 + 1."""
+        table: Tensor = self.complex_weight
+        size = (height, width // 2 + 1)
         if torch.compiler.is_compiling() or tuple(table.shape[1:3]) != size:
             table = resize_spectrum(table, size)
         if table.dtype not in (torch.float32, torch.float64):

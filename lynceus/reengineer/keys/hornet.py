@@ -31,13 +31,12 @@ _NAMES = {
 }
 _READ = {"factory", "base_dim", "dims", "orders", "gf_filter_hw", "gnconv"}  # translated one by one below
 _UNUSED = {"block", "pretrained", "in_22k", "use_checkpoint", "type"}  # how it is made or loaded, not what it computes
-_FPN_UNUSED = {"upsample_cfg", "init_cfg", "conv_cfg", "add_extra_convs", "relu_before_extra_convs", "gnfpn", "gnextra"}
 
 
 def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model of a record: a network, a gated convolution (`order`), a decoder module or a pyramid (`in_channels`)."""
+    """The model of a record: a network, an operator (`order`), a decoder module or a pyramid (`in_channels`)."""
     state = (record or {}).get("state", {})
-    if "in_channels" in config and "pool_scales" in config | {k: 0 for k in _kinds(state)}:
+    if "in_channels" in config and ("pool_scales" in config or any(n.startswith("psp_modules.") for n in state)):
         return _uper(config, state)
     if isinstance(config.get("in_channels"), (list, tuple)):
         return _fpn(config, state)
@@ -46,10 +45,6 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
     if "order" in config and "dim" in config:
         return _operator(config)
     return _network(config, state)
-
-
-def _kinds(state: Mapping[str, Any]) -> set[str]:
-    return {"pool_scales"} if any(name.startswith("psp_modules.") for name in state) else set()
 
 
 def _operator(config: Mapping[str, Any]) -> GatedConv:
@@ -180,16 +175,16 @@ def _only(config: Mapping[str, Any], known: set[str], what: str) -> None:
 
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Networks: stage1.. (maps, un-normed; dense: feature1.. normed), pooled, logits. Operators: y. Pyramids: p2 .. ."""
+    """Networks: stage1.. (un-normed; dense: feature1.., normed), pooled, logits. Operators: y. Pyramids: p2.. ."""
     with torch.no_grad():
         if isinstance(model, HorNet):
             return _of_network(model, next(iter(inputs.values())), record)
         if isinstance(model, GatedConv2d):
             y = model(next(iter(inputs.values())))
-            return {name: y for name in record["outputs"]}
+            return dict.fromkeys(record["outputs"], y)
         if isinstance(model, GatedConv):
             y = model(next(iter(inputs.values())).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            return {name: y for name in record["outputs"]}
+            return dict.fromkeys(record["outputs"], y)
         maps = [inputs[name] for name in sorted(inputs, key=_number)]
         if isinstance(model, GatedUPer):
             fused = model.fused(maps)
