@@ -15,6 +15,7 @@ FAMILIES: dict[str, str] = {
     "hornet": "lynceus.backbones.hornet",
     "hyena_vit": "lynceus.backbones.hyena_vit",
     "resnet": "lynceus.backbones.resnet",
+    "soft": "lynceus.backbones.soft",
     "swin": "lynceus.backbones.swin",
     "swin_v2": "lynceus.backbones.swin_v2",
     "vit": "lynceus.backbones.vit",

@@ -24,6 +24,7 @@ from lynceus.layers.attention import Attention
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.fused import fusable, hooked
+from lynceus.layers.mixers import MixerSite, OnTokens, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerScale
 from lynceus.layers.position import resize_position, sincos_table
@@ -80,13 +81,16 @@ class ViTConfig(BackboneConfig):
 
 
 class Block(nn.Module):
-    """x + attention(norm1 x), then x + mlp(norm2 x); layer scale and stochastic depth on both branches if asked for."""
+    """x + attention(norm1 x), then x + mlp(norm2 x); layer scale and stochastic depth on both branches if asked for.
+
+    A mixer that was put in attention's place (`OnTokens`) is told the rows and columns of the map in the tokens.
+    """
 
     def __init__(self, config: ViTConfig, *, drop_path: float):
         super().__init__()
         c = config
         self.norm1 = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.attn = Attention(
+        self.attn: nn.Module = Attention(
             c.dim,
             c.heads,
             qkv_bias=c.qkv_bias,
@@ -110,8 +114,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(c.dim, value=c.init_values) if c.init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        x = self._branch(x, self.norm1, self.attn, self.ls1, self.drop_path1)
+    def forward(self, x: Float[Tensor, "b n c"], size: tuple[int, int] | None = None) -> Float[Tensor, "b n c"]:
+        if isinstance(self.attn, OnTokens):
+            if size is None:
+                raise AdviceError("patch_drop leaves no full map for the mixer that was put here; set patch_drop=0.")
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
+        else:
+            x = self._branch(x, self.norm1, self.attn, self.ls1, self.drop_path1)
         return self._branch(x, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
     def _branch(self, x: Tensor, norm: nn.Module, mixer: nn.Module, scale: nn.Module, drop: nn.Module) -> Tensor:
@@ -242,12 +251,14 @@ class ViT(Backbone):
         if wanted and self.training and self.config.patch_drop > 0:
             raise AdviceError("patch_drop leaves no full map in training; take maps in eval mode or set patch_drop=0.")
         x = self.embed(image)
+        dropped = self.training and self.config.patch_drop > 0
+        size = None if dropped else self.patch_embed.grid(image.shape[-2], image.shape[-1])
         kept: dict[int, Tensor] = {}
         last = max(wanted) if stop and wanted else len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if i > last:
                 break
-            x = self.run_block(block, x)
+            x = self.run_block(block, x, size)
             if i in wanted:
                 kept[i] = x
         return x, [kept[i] for i in wanted]
@@ -321,6 +332,13 @@ class ViT(Backbone):
         if norm:
             self.norm = nn.Identity()
             self.config = replace(self.config, final_norm=False)
+
+    def mixer_sites(self) -> list[MixerSite]:
+        c, depth = self.config, len(self.blocks)
+        places = [Place(dim=c.dim, heads=c.heads, grid=self.grid, index=i, depth=depth) for i in range(depth)]
+        return [
+            MixerSite(path=f"blocks.{i}.attn", place=p, call="tokens", extra=self.prefix) for i, p in enumerate(places)
+        ]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {

@@ -1,6 +1,8 @@
-"""Multi-head self-attention over a sequence of tokens."""
+"""Multi-head self-attention over a sequence of tokens, or over all cells of a map."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.layers.fused import linear
+from lynceus.layers.mixers import Place
 
 
 class Attention(nn.Module):
@@ -69,3 +72,47 @@ class Attention(nn.Module):
         q, k, _ = self.qkv(x).reshape(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         scale = (c // self.heads) ** -0.5 if self.scale is None else self.scale
         return ((self.q_norm(q) * scale) @ self.k_norm(k).transpose(-2, -1)).softmax(-1)
+
+
+class MapAttention(Attention):
+    """The same among all cells of a map b h w c."""
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "b h w c"], residual: Tensor | None = None
+    ) -> Float[Tensor, "b h w c"]:
+        return super().forward(x, residual=residual)
+
+    def mix_tokens(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Attention among all tokens, whether they lie on a map or not."""
+        return super().forward(x)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMixer:
+    """All cells attend to all. heads: None takes the place's, or as many as give each 32 channels where it had none."""
+
+    heads: int | None = None
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    def build(self, place: Place) -> nn.Module:
+        heads = self.heads or (place.heads if place.heads > 1 else max(place.dim // 32, 1))
+        while self.heads is None and place.dim % heads:
+            heads -= 1
+        layer = MapAttention(
+            place.dim,
+            heads,
+            qkv_bias=self.qkv_bias,
+            proj_bias=self.proj_bias,
+            qk_norm=self.qk_norm,
+            attn_drop=self.attn_drop,
+            proj_drop=self.proj_drop,
+        )
+        for m in (layer.qkv, layer.proj):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        return layer

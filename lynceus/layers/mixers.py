@@ -23,6 +23,7 @@ MIXERS: dict[str, str] = {
     "attention": "lynceus.layers.attention:AttentionMixer",
     "hyena": "lynceus.layers.hyena:HyenaMixer",
     "conv_projection": "lynceus.layers.conv_projection:ConvProjectionMixer",
+    "softmax_free": "lynceus.layers.softmax_free:SoftmaxFreeMixer",
     "window": "lynceus.layers.window:WindowMixer",
     "window_mlp": "lynceus.layers.window:WindowMlpMixer",
     "window_cosine": "lynceus.layers.window_cosine:WindowCosineMixer",
@@ -82,7 +83,7 @@ def mixer_config(name: str, options: Mapping[str, Any] | None = None) -> MixerCo
 
 
 class OnTokens(nn.Module):
-    """A map mixer where a block carries tokens: called as mixer(x, (h, w)), x being the map's tokens and `extra` others.
+    """A map mixer where a block carries tokens: called as mixer(x, (h, w)) with the map's tokens and `extra` more.
 
     The map is mixed alone; the other tokens get its mean. A mixer that takes sequences of any tokens says so by a
     method `mix_tokens`, and is then given all of them.

@@ -45,6 +45,7 @@ FAMILIES: dict[str, str] = {
     "hornet": "lynceus.reengineer.keys.hornet",
     "hyena-nd": "lynceus.reengineer.keys.hyena_vit",
     "resnet": "lynceus.reengineer.keys.resnet",
+    "soft": "lynceus.reengineer.keys.soft",
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",
     "vit": "lynceus.reengineer.keys.vit",
