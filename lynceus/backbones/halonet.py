@@ -1,6 +1,7 @@
 """HaloNet: a residual network whose 3x3 convolutions are replaced by blocked local attention, in all or some blocks.
 
-Paper: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021, arXiv 2103.12731
+Paper: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021,
+arXiv 2103.12731
 Code: none by the authors; huggingface/pytorch-image-models for the layer and its hybrids, whose state names are kept
 Licence: Apache-2.0
 
@@ -48,8 +49,8 @@ class HaloNetConfig(BackboneConfig):
     attention: options of the attention, one for all stages or one per stage. value_ratio: channels of the values, in
     units of `hidden`.
     stem: one 7x7 or 3x3 convolution, or three 3x3 ("tiered" of 3/8, 1/2 and all of `stem_width`, "deep" of a quarter,
-    half and all); its first convolution has `stem_stride`. stem_pool: 3x3 pooling of stride 2 after it; "none": the last
-    of three convolutions has stride 2 instead.
+    half and all); its first convolution has `stem_stride`. stem_pool: 3x3 pooling of stride 2 after it; "none": the
+    last of three convolutions has stride 2 instead.
     activation: relu, silu (swish), gelu, hard_swish. channel_attention: after the 3x3 convolutions: none, "se", "eca".
     group_width: channels per group of the 3x3 convolutions, 0 for one group. shortcut: where the shape changes, a 1x1
     convolution ("conv"), behind 2x2 means where the stride is 2 ("avg"), or no shortcut at all ("none").

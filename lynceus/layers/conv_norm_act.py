@@ -13,8 +13,8 @@ class ConvNormAct(nn.Module):
     """`conv` -> `norm` (BatchNorm2d) -> `act`, on maps b c h w.
 
     "same" zero padding for odd kernels at stride 1 unless `padding` is given. norm_eps: None for no norm, and then the
-    convolution has a bias unless `bias` says no. act: a fresh module, None for none. At inference on a CPU the three run
-    as one kernel where that is possible (see `lynceus.layers.folded`).
+    convolution has a bias unless `bias` says no. act: a fresh module, None for none. At inference on a CPU the three
+    run as one kernel where that is possible (see `lynceus.layers.folded`).
     """
 
     def __init__(

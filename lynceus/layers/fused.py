@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
-Activation = Literal["none", "relu", "gelu"]
-_PLAIN: dict[str, object] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
+_PLAIN: dict[str, object] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def _available() -> bool:
@@ -67,4 +72,5 @@ def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", resi
         return x if residual is None else residual + x
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], "none")
+    kind, algorithm = ("gelu", "tanh") if activation == "gelu_tanh" else (activation, "none")
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, kind, [], algorithm)

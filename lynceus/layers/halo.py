@@ -48,7 +48,7 @@ class HaloOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HaloMixer(HaloOptions):
-    """Halo attention as a token mixer. projection: a linear layer over all heads' values follows, as in transformers."""
+    """Halo attention as a token mixer. projection: a linear layer over the values of all heads follows, as in ViT."""
 
     projection: bool = True
 
@@ -203,9 +203,8 @@ class HaloAttention(nn.Module):
             kv = kv.unflatten(3, (self.heads, -1)).unfold(1, side, self.block).unfold(2, side, self.block)
             kv = kv.permute(0, 1, 2, 3, 5, 6, 4)  # b rows columns g Y X c
         n, cells = b * rows * columns, side * side
-        return tuple(  # type: ignore[return-value]
-            part.reshape(n, self.heads, cells, -1) for part in kv.split((self.key_dim, self.value_dim), -1)
-        )
+        k, v = kv.split((self.key_dim, self.value_dim), -1)
+        return k.reshape(n, self.heads, cells, self.key_dim), v.reshape(n, self.heads, cells, self.value_dim)
 
     def from_blocks(self, y: Float[Tensor, "n g cells v"], size: tuple[int, int, int]) -> Float[Tensor, "b H W c"]:
         """The map of `size` (images, rows and columns of blocks)."""

@@ -67,8 +67,8 @@ class Mlp(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
     def _whole(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if type(self.act) is nn.GELU and self.act.approximate == "none" and not hooked(self.act):
-            x = linear(self.fc1, x, activation="gelu")
+        if type(self.act) is nn.GELU and not hooked(self.act):
+            x = linear(self.fc1, x, activation="gelu" if self.act.approximate == "none" else "gelu_tanh")
         else:
             x = self.act(self.fc1(x))
         if self.training and self.drop.p > 0:

@@ -17,8 +17,11 @@ def resize_position(
     *,
     prefix: int = 0,
     antialias: bool = True,
+    linear: bool = False,
 ) -> Float[Tensor, "1 m d"]:
     """The table (1, prefix + oh*ow, d) for a grid `new`: bicubic in float32, the `prefix` rows kept.
+
+    linear: bilinear instead, never widened, in the table's own dtype if that is float64.
 
     antialias: cubic kernel a = -0.5, widened when shrinking (timm); else a = -0.75, never widened (older code).
     The same table comes back when nothing changes. Under export, where the grid is free, the resize is two products
@@ -28,16 +31,22 @@ def resize_position(
     if not exporting and tuple(new) == tuple(old):
         return table
     head, grid = table[:, :prefix], table[:, prefix:]
-    grid = grid.reshape(1, old[0], old[1], -1).float()
+    grid = grid.reshape(1, old[0], old[1], -1)
+    grid = grid.to(torch.promote_types(grid.dtype, torch.float32)) if linear else grid.float()
     if exporting:
-        rows, columns = (cubic_matrix(o, n, antialias=antialias, device=table.device) for o, n in zip(old, new))
+        rows, columns = (
+            linear_matrix(o, n, device=table.device).to(grid.dtype)
+            if linear
+            else cubic_matrix(o, n, antialias=antialias, device=table.device)
+            for o, n in zip(old, new)
+        )
         # explicit batches: a broadcasting product would merge axes and so tie the free sizes to each other
         grid = torch.bmm(columns.expand(old[0], -1, -1), grid[0])  # oh W d
         grid = torch.bmm(rows.expand(new[1], -1, -1), grid.transpose(0, 1)).transpose(0, 1)
     else:
-        grid = F.interpolate(
-            grid.permute(0, 3, 1, 2), new, mode="bicubic", antialias=antialias, align_corners=False
-        ).permute(0, 2, 3, 1)
+        mode, smooth = ("bilinear", False) if linear else ("bicubic", antialias)
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), new, mode=mode, antialias=smooth, align_corners=False)
+        grid = grid.permute(0, 2, 3, 1)
     grid = grid.reshape(1, new[0] * new[1], table.shape[-1]).to(table.dtype)
     return torch.cat([head, grid], dim=1)
 
@@ -64,6 +73,13 @@ def cubic_matrix(
     edge = torch.arange(old, device=device)
     left, right = weight[:, :2].sum(1, keepdim=True), weight[:, -2:].sum(1, keepdim=True)
     return weight[:, 2:-2] + left * (edge == 0) + right * (edge == old - 1)
+
+
+def linear_matrix(old: int, new: int, *, device: torch.device | None = None) -> Float[Tensor, "new old"]:
+    """Resizes a line of `old` samples to `new` by product, as F.interpolate(mode="bilinear") does."""
+    centre = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * (old / new) - 0.5
+    place = torch.arange(old, device=device, dtype=torch.float32)
+    return (1.0 - (place - centre.clamp(0, old - 1)[:, None]).abs()).clamp(min=0.0)
 
 
 def sincos_table(height: int, width: int, dim: int) -> Float[Tensor, "1 n d"]:
