@@ -29,16 +29,15 @@ from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.offset_attention import OffsetAttention
 from lynceus.layers.squeeze_excite import SqueezeExcite
 
-STRIDE = 8  # of the stem
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LSNetConfig(BackboneConfig):
     """Fields of an LSNet; sequences hold one entry per stage, of which there are four.
 
-    image_size: what the attention's bias table is made for, any other size works too. embed_dim, depth: channels and
-    blocks. key_dim, num_heads: width of a key and number of heads, read in the last stage. large_kernel, small_kernel,
-    groups: of the large-small convolution. distilled: a second classifier for a teacher's labels.
+    image_size: what the attention's bias table is made for, any other size works too. stem_stride: pixels per place of
+    the first stage, 8 (the paper), 4 or 2 (for small images). embed_dim, depth: channels and blocks. key_dim,
+    num_heads: width of a key and number of heads, read in the last stage. large_kernel, small_kernel, groups: of the
+    large-small convolution. distilled: a second classifier for a teacher's labels.
     drop_path_rate: stochastic depth of attention and perceptrons, which the authors leave at 0.
     dense: the authors' form for detection and segmentation: no classifier, batch norms that never train their
     statistics, and one bias table of `table_grid` cells whose whole matrix of pairs is resized.
@@ -47,6 +46,7 @@ class LSNetConfig(BackboneConfig):
     """
 
     image_size: tuple[int, int] = (224, 224)
+    stem_stride: int = 8
     embed_dim: tuple[int, ...] = (64, 128, 256, 384)
     depth: tuple[int, ...] = (0, 2, 8, 10)
     key_dim: tuple[int, ...] = (16, 16, 16, 16)
@@ -66,6 +66,8 @@ class LSNetConfig(BackboneConfig):
                 "embed_dim, depth, key_dim and num_heads have one entry for each of the four stages; "
                 f"got {self.embed_dim}, {self.depth}, {self.key_dim}, {self.num_heads}."
             )
+        if self.stem_stride not in (2, 4, 8):
+            raise AdviceError(f"stem_stride is 8, 4 or 2 (1 to 3 of its convolutions halve), not {self.stem_stride}.")
         if self.embed_dim[0] < 4:
             raise AdviceError(f"The stem starts with a quarter of embed_dim[0]={self.embed_dim[0]}; take at least 4.")
         if self.dense and self.distilled:
@@ -73,7 +75,7 @@ class LSNetConfig(BackboneConfig):
 
     def grid(self, stage: int) -> tuple[int, int]:
         """The map of a stage at `image_size`."""
-        rows, columns = (max(side // STRIDE, 1) for side in self.image_size)
+        rows, columns = (max(side // self.stem_stride, 1) for side in self.image_size)
         for _ in range(stage):
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
         return rows, columns
@@ -161,15 +163,16 @@ class LSNet(Backbone):
 
     def __init__(self, config: LSNetConfig):
         c = config
-        super().__init__(c, [Stage(d, STRIDE * 2**i, f"blocks{i + 1}") for i, d in enumerate(c.embed_dim)])
+        super().__init__(c, [Stage(d, c.stem_stride * 2**i, f"blocks{i + 1}") for i, d in enumerate(c.embed_dim)])
         self.distilled_training = False
         first = c.embed_dim[0]
+        steps = [2 if c.stem_stride >= 2**i else 1 for i in (1, 2, 3)]
         self.patch_embed = nn.Sequential(
-            ConvNorm(c.in_chans, first // 4, 3, stride=2, fused=c.fused),
+            ConvNorm(c.in_chans, first // 4, 3, stride=steps[0], fused=c.fused),
             nn.ReLU(),
-            ConvNorm(first // 4, first // 2, 3, stride=2, fused=c.fused),
+            ConvNorm(first // 4, first // 2, 3, stride=steps[1], fused=c.fused),
             nn.ReLU(),
-            ConvNorm(first // 2, first, 3, stride=2, fused=c.fused),
+            ConvNorm(first // 2, first, 3, stride=steps[2], fused=c.fused),
         )
         rates = iter(linear_rates(c.drop_path_rate, sum(c.depth)))
         for i, dim in enumerate(c.embed_dim):
@@ -261,7 +264,7 @@ class LSNet(Backbone):
         return self
 
     def mixer_sites(self) -> list[MixerSite]:
-        sites = []
+        sites: list[MixerSite] = []
         for name, part in self.named_modules():
             if isinstance(part, Block):
                 stage = int(name.split(".")[0].removeprefix("blocks")) - 1
@@ -325,7 +328,7 @@ _SIZES = {
 }
 VARIANTS: dict[str, LSNetConfig] = {
     "lsnet_nano": LSNetConfig(
-        image_size=(32, 32), embed_dim=(32, 48, 64, 96), depth=(1, 2, 2, 2), num_heads=(3, 3, 3, 4)
+        image_size=(32, 32), stem_stride=2, embed_dim=(32, 48, 64, 96), depth=(1, 2, 2, 2), num_heads=(3, 3, 3, 4)
     ),
 }
 for _size, _fields in _SIZES.items():

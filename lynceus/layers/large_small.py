@@ -37,7 +37,7 @@ def aggregate(x: Float[Tensor, "b h w c"], kernels: Float[Tensor, "b h w t k"]) 
     if not _eager():
         return _padded(x, kernels, side)
     if torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad):
-        made: Tensor = _Aggregate.apply(x, kernels, side)  # type: ignore[no-untyped-call]
+        made: Tensor = _Aggregate.apply(x, kernels, side)
         return made
     return _forward(x, kernels, side)
 
@@ -71,10 +71,9 @@ class Perception(nn.Module):
     def __init__(self, dim: int, *, large_kernel: int, small_kernel: int, groups: int, fused: bool = False):
         super().__init__()
         if dim % groups or dim % 2:
-            least = groups if groups % 2 == 0 else 2 * groups
-            raise AdviceError(
-                f"dim {dim} must be even and a multiple of groups={groups}; take e.g. {max(least, dim // least * least)}."
-            )
+            step = groups if groups % 2 == 0 else 2 * groups
+            near = max(step, dim // step * step)
+            raise AdviceError(f"dim {dim} must be even and a multiple of groups={groups}; take e.g. {near}.")
         for kernel in (large_kernel, small_kernel):
             if kernel % 2 == 0:
                 raise AdviceError(f"A kernel of {kernel} has no centre; take an odd one, e.g. {kernel + 1}.")
@@ -121,7 +120,7 @@ def _eager() -> bool:
 
 def _padded(x: Tensor, kernels: Tensor, side: int) -> Tensor:
     """`aggregate` in plain operators that trace with free sizes."""
-    b, h, w, c = x.shape
+    _, h, w, c = x.shape
     k, r = kernels.shape[4], side // 2
     padded = F.pad(x, (0, 0, r, r, r, r)).unflatten(3, (c // k, k))
     out: Any = 0

@@ -54,8 +54,9 @@ class OffsetAttention(nn.Module):
     def bias(self, rows: int, columns: int) -> Float[Tensor, "heads n n"]:
         """What is added to the logits of a map of that size."""
         exporting = torch.compiler.is_exporting()
-        table, grid, size = self.attention_biases, self.grid, (rows, columns)
-        table = (table if table.dtype in (torch.float32, torch.float64) else table.float()).view(-1, *grid)
+        grid, size = self.grid, (rows, columns)
+        precise = self.attention_biases.dtype in (torch.float32, torch.float64)
+        table = (self.attention_biases if precise else self.attention_biases.float()).view(-1, *grid)
         same = not exporting and size == grid
         if same or self.resize == "matrix":
             whole = _pairs(table, grid)

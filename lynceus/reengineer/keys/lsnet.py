@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lynceus.backbones.keys.lsnet import SOURCES as SOURCES
-from lynceus.backbones.lsnet import STRIDE, Block, LSNet, LSNetConfig
+from lynceus.backbones.lsnet import Block, LSNet, LSNetConfig
 from lynceus.core.errors import unknown
 from lynceus.layers.large_small import LargeSmall, aggregate
 
@@ -42,8 +42,8 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
             fields[_NAMES[name]] = tuple(value) if isinstance(value, (list, tuple)) else value
         elif name not in _UNUSED:
             raise unknown("LSNet constructor argument", name, {*_NAMES, *_UNUSED})
-    size, patch = config.get("img_size", 224), config.get("patch_size", STRIDE)
-    side = size // patch * STRIDE  # the authors' grid of the table is img_size // patch_size, whatever the stem does
+    # the authors' grid of the table is img_size // patch_size, whatever the stem does
+    side = config.get("img_size", 224) // config.get("patch_size", 8) * 8
     fields["image_size"] = (side, side)
     state = (record or {}).get("state") or {}
     headless = bool(state) and not any(name.startswith("head.") for name in state)
