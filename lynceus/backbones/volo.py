@@ -228,7 +228,7 @@ class VOLO(Backbone):
     def stages_up_to(self, image: Float[Tensor, "b c h w"], last: int) -> list[Float[Tensor, "b ci hi wi"]]:
         return [m.permute(0, 3, 1, 2) for m in self.run(self.embed(image), last)]
 
-    def forward_features(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    def forward_features(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """All tokens after class attention and the final norm: the class token, then the last map row by row."""
         return self.finish(self.run(self.embed(image))[-1])
 

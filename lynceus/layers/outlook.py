@@ -64,8 +64,8 @@ class OutlookAttention(nn.Module):
         logits = linear(self.attn, x).reshape(b, rows, columns, self.heads, cells, cells)
         return (logits * self.scale).softmax(-1)
 
-    def forward(self, x: Float[Tensor, "b h w c"], residual: Tensor | None = None) -> Float[Tensor, "b h w c"]:
-        """residual: added to the result, inside the last kernel where that is possible."""
+    def mix(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """What the windows make of their values, added up; without the last projection."""
         b, h, w, c = x.shape
         k, d = self.kernel, c // self.heads
         weights = self.attn_drop(self.weights(x))
@@ -76,11 +76,66 @@ class OutlookAttention(nn.Module):
         count = b * rows * columns * self.heads
         y = torch.bmm(weights.reshape(count, k * k, k * k), v.reshape(count, k * k, d))
         y = y.view(b, rows, columns, self.heads, k, k, d).permute(0, 1, 2, 4, 5, 3, 6)
-        x = overlap_add(y.reshape(b, rows, columns, k, k, c), (h, w), self.stride, self.padding)
+        return overlap_add(y.reshape(b, rows, columns, k, k, c), (h, w), self.stride, self.padding)
+
+    def _mix_free_sizes(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """The same by gathers, which ask nothing about sizes that an exported program leaves free."""
+        b, h, w, c = x.shape
+        g, k, s = self.heads, self.kernel, self.stride
+        cells, n = k * k, ((h + s - 1) // s) * ((w + s - 1) // s)
+        source, target = _places(h, w, k, s, self.padding, device=x.device)
+        v = _gather(self.v(x), source).view(b * n, cells, g, c // g).transpose(1, 2)
+        if s > 1:
+            inside, _ = _places(h, w, s, s, 0, device=x.device)
+            members = (inside < h * w).to(x.dtype).view(n, s * s).sum(1)
+            x = _gather(x, inside).view(b, n, s * s, c).sum(2) / members[:, None]
+        logits = self.attn(x).reshape(b * n * g, cells, cells)
+        y = torch.bmm((logits * self.scale).softmax(-1), v.reshape(b * n * g, cells, c // g))
+        y = y.view(b * n, g, cells, c // g).transpose(1, 2).reshape(-1).view(b, n * cells, c)
+        return sum(_gather(y, place) for place in target).view(b, h, w, c)  # type: ignore[union-attr]
+
+    def forward(self, x: Float[Tensor, "b h w c"], residual: Tensor | None = None) -> Float[Tensor, "b h w c"]:
+        """residual: added to the result, inside the last kernel where that is possible."""
+        x = self._mix_free_sizes(x) if torch.compiler.is_exporting() else self.mix(x)
         if self.training and self.proj_drop.p > 0:
             x = self.proj_drop(self.proj(x))
             return x if residual is None else residual + x
         return linear(self.proj, x, residual=residual)
+
+
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of x (b, ..., c), its middle axes as one, at `places`; the place after the last gives zeros."""
+    b, c = x.shape[0], x.shape[-1]
+    count = x.shape[1] * x.shape[2] if x.ndim == 4 else x.shape[1]
+    flat = F.pad(x.reshape(-1).view(b, count, c), (0, 0, 0, 1))
+    return flat.index_select(1, places)
+
+
+def _places(
+    h: int, w: int, kernel: int, stride: int, padding: int, *, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Where the cells of all windows lie on the map, and, per way in which a window may cover it, which cell of which
+    window lies on every place of the map. What lies outside is numbered one past the end."""
+    down, across = (h + stride - 1) // stride, (w + stride - 1) // stride
+    high, wide, rows, columns = (torch.full((), n, dtype=torch.int64, device=device) for n in (h, w, down, across))
+    cells = kernel * kernel
+    place = torch.arange(down * across * cells, device=device)
+    number, cell = place // cells, place % cells
+    y = number // columns * stride - padding + cell // kernel
+    x = number % columns * stride - padding + cell % kernel
+    source = torch.where((y >= 0) & (y < high) & (x >= 0) & (x < wide), y * wide + x, high * wide)
+    place = torch.arange(h * w, device=device)
+    y, x = place // wide + padding, place % wide + padding
+    target = []
+    for i in range(-(-kernel // stride)):
+        for j in range(-(-kernel // stride)):
+            row, column = y // stride - i, x // stride - j
+            tap_y, tap_x = y % stride + i * stride, x % stride + j * stride
+            covers = (row >= 0) & (row < rows) & (tap_y < kernel)
+            covers = covers & (column >= 0) & (column < columns) & (tap_x < kernel)
+            found = (row * columns + column) * cells + tap_y * kernel + tap_x
+            target.append(torch.where(covers, found, rows * columns * cells))
+    return source, target
 
 
 def windows(

@@ -390,8 +390,11 @@ def compiled_agrees(model, backend):
         f(x).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
         model.zero_grad(set_to_none=True)
+    # a gradient that is 0 but for rounding, as of a bias under a softmax, is held to the scale of the others
+    floor = 1e-6 * max(float(b.abs().max()) for b in gradients[1])
     for a, b in zip(*gradients):
-        close(a, b, 1e-3)
+        if (a - b).abs().max() > floor:
+            close(a, b, 1e-3)
     torch._dynamo.reset()
 
 
