@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "hyena_vit": "lynceus.backbones.hyena_vit",
     "resnet": "lynceus.backbones.resnet",
     "soft": "lynceus.backbones.soft",
+    "spartan": "lynceus.backbones.spartan",
     "swin": "lynceus.backbones.swin",
     "swin_v2": "lynceus.backbones.swin_v2",
     "vit": "lynceus.backbones.vit",

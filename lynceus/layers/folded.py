@@ -1,4 +1,4 @@
-"""Convolution + batch norm (+ residual) (+ ReLU or SiLU) as one convolution, at inference.
+"""Convolution + batch norm (+ residual) (+ ReLU, SiLU or GELU) as one convolution, at inference.
 
 `conv_bn` computes the ordinary modules wherever gradients, training, tracing, hooks or other devices ask for them, and
 one fused kernel elsewhere (see `lynceus.layers.fused`). The folded weights are kept in a `Folds` and made anew as soon
@@ -118,14 +118,14 @@ class Folds:
         return entry
 
 
-EPILOGUES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish"}  # activations that the kernel knows
+EPILOGUES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.GELU: "gelu"}  # activations that the kernel knows
 
 
 def _plain(conv: nn.Module, bn: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
     return (
         type(conv) is nn.Conv2d
         and (type(bn) is nn.Identity or (type(bn) is nn.BatchNorm2d and not bn.training and bn.track_running_stats))
-        and (relu is None or type(relu) in EPILOGUES)
+        and (relu is None or (type(relu) in EPILOGUES and getattr(relu, "approximate", "none") == "none"))
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and conv.weight.dtype == x.dtype
@@ -147,7 +147,7 @@ def conv_bn(
 ) -> Float[Tensor, "b o H W"]:
     """relu(bn(conv(x)) + residual), each of the two optional. own: `residual` is nobody else's and may be overwritten.
 
-    relu: nn.ReLU or nn.SiLU, inside the kernel; any other activation takes the plain path. name: the key of this pair
+    relu: nn.ReLU, nn.SiLU or exact nn.GELU, inside the kernel; any other activation takes the plain path. name: the key of this pair
     in `folds`.
     """
     if fusable(x) and _plain(conv, bn, relu, x):
@@ -186,7 +186,8 @@ def _run(
     x = x.contiguous(memory_format=torch.channels_last)
     ops = torch.ops.mkldnn
     if residual is None:
-        return ops._convolution_pointwise(x, entry.kernel, entry.bias, *where, after, [], "")
+        algorithm = "none" if after == "gelu" else ""  # the exact one, not tanh
+        return ops._convolution_pointwise(x, entry.kernel, entry.bias, *where, after, [], algorithm)
     options: tuple[Any, ...] = (
         *where,
         "add",
@@ -199,4 +200,4 @@ def _run(
         y = ops._convolution_pointwise_.binary(residual, x, entry.kernel, entry.bias, *options)
     else:
         y = ops._convolution_pointwise.binary(x, residual, entry.kernel, entry.bias, *options)
-    return F.silu(y, inplace=True) if after == "swish" else y
+    return y if after in ("none", "relu") or relu is None else relu(y)

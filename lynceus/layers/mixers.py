@@ -31,6 +31,7 @@ MIXERS: dict[str, str] = {
     "gated_conv": "lynceus.layers.gated_conv:GatedConvMixer",
     "halo": "lynceus.layers.halo:HaloMixer",
     "global_filter": "lynceus.layers.global_filter:GlobalFilterMixer",
+    "two_field": "lynceus.layers.wave:TwoFieldConfig",
     "gated_position": "lynceus.layers.gated_position:GatedPositionMixer",
     "outlook": "lynceus.layers.outlook:OutlookMixer",
 }

@@ -11,17 +11,22 @@ from lynceus.layers.fused import linear
 class SqueezeExcite(nn.Module):
     """x * sigmoid(fc2(relu(fc1(mean of x over the map)))), a factor per image and channel.
 
-    Hidden width: `ratio` of the channels, rounded to the nearest multiple of `divisor`, at least one of it.
+    Hidden width: `hidden`, or `ratio` of the channels, rounded to the nearest multiple of `divisor`, at least one of it.
     """
 
-    def __init__(self, dim: int, *, ratio: float = 0.25, divisor: int = 8):
+    def __init__(self, dim: int, *, ratio: float = 0.25, divisor: int = 8, hidden: int | None = None):
         super().__init__()
-        hidden = max(divisor, int(dim * ratio + divisor / 2) // divisor * divisor)
+        if hidden is None:
+            hidden = max(divisor, int(dim * ratio + divisor / 2) // divisor * divisor)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.ReLU()
         self.fc2 = nn.Linear(hidden, dim)
         self.gate = nn.Sigmoid()
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+    def factors(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b c"]:
         y = self.act(linear(self.fc1, x.mean((1, 2))))
-        return x * self.gate(linear(self.fc2, y))[:, None, None, :]
+        factors: Tensor = self.gate(linear(self.fc2, y))
+        return factors
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return x * self.factors(x)[:, None, None, :]

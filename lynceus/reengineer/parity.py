@@ -46,6 +46,7 @@ FAMILIES: dict[str, str] = {
     "hyena-nd": "lynceus.reengineer.keys.hyena_vit",
     "resnet": "lynceus.reengineer.keys.resnet",
     "soft": "lynceus.reengineer.keys.soft",
+    "spartan": "lynceus.reengineer.keys.spartan",
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",
     "vit": "lynceus.reengineer.keys.vit",

@@ -326,6 +326,7 @@ SHALLOW = {
     "hornet_nano": {"depths": (1, 1, 1, 1)},
     "hornet_nano_gf": {"depths": (1, 1, 1, 1)},
     "resnet_nano": {"depths": (1, 2, 1, 1)},
+    "spartan_nano": {"depths": (1, 1, 1, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
     "vit_nano": {"depth": 3},
 }

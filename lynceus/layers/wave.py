@@ -1,0 +1,107 @@
+"""SpaRTAN's two mixers: convolutions of two receptive fields over the map, and channels rotated as waves.
+
+SpaRTAN, IJCNN 2025, arXiv 2507.10999. Written from the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lynceus.core.errors import AdviceError
+from lynceus.layers.conv_norm_act import ConvNormAct
+from lynceus.layers.fused import linear
+from lynceus.layers.mixers import Place
+from lynceus.layers.squeeze_excite import SqueezeExcite
+
+EPS = 1e-6
+
+
+class TwoFieldMixer(nn.Module):
+    """Half of the channels through a 3x3 and through two dilated 3x3 in a row, both re-weighted, joined by 1x1.
+
+    u = proj_in(x), u + gamma * (u - mean of u over the map); high: 3x3; low: two 3x3 of dilation 2, the first without
+    norm and activation. Map b h w c. depthwise: whether the 3x3 are per channel or dense. dim is a multiple of 8.
+    """
+
+    def __init__(self, dim: int, *, depthwise: bool = True):
+        super().__init__()
+        if dim % 8:
+            raise AdviceError(
+                f"The two-field mixer needs a multiple of 8 channels, not {dim}; take {-(-dim // 8) * 8}."
+            )
+        half = dim // 2
+        groups = half if depthwise else 1
+        self.gamma = nn.Parameter(torch.full((1, half, 1, 1), 1e-5))
+        self.proj_in = nn.Linear(dim, half)
+        self.h_conv = ConvNormAct(half, half, 3, groups=groups, norm_eps=EPS, act=nn.GELU())
+        self.l_conv = nn.Sequential(
+            ConvNormAct(half, half, 3, dilation=2, groups=groups, norm_eps=None, bias=False),
+            ConvNormAct(half, half, 3, dilation=2, groups=groups, norm_eps=EPS, act=nn.GELU()),
+        )
+        self.h_attn = SqueezeExcite(half, hidden=half // 4)
+        self.l_attn = SqueezeExcite(half, hidden=half // 4)
+        self.proj_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        u = linear(self.proj_in, x)
+        u = torch.lerp(u, u.mean((1, 2), keepdim=True), -self.gamma.view(-1).to(u.dtype))
+        u = u.permute(0, 3, 1, 2)
+        high, low = self.h_conv(u).permute(0, 2, 3, 1), self.l_conv(u).permute(0, 2, 3, 1)
+        return linear(self.proj_out, torch.cat([self.h_attn(high), self.l_attn(low)], dim=-1))
+
+
+class WaveMixer(nn.Module):
+    """Mixes channels: amplitude times phase, reinforced by the strongest channel of each cell, rotated in pairs.
+
+    t = GELU(theta(x)), a = proj(x), both of m = ratio * dim channels; i: the strongest channel of x in each cell;
+    f = a * t + a[i] * t[i]; channels (2j, 2j + 1) of f times the complex number `complex[j]`; then a 3x3, depthwise or
+    in `dim` groups, squeeze-and-excitation, and a product back to dim. Map b h w c. No gradient passes through i.
+    """
+
+    def __init__(self, dim: int, *, ratio: int = 4, depthwise: bool = True):
+        super().__init__()
+        if ratio < 2:
+            raise AdviceError(f"The wave mixer widens its channels by at least 2, not {ratio}.")
+        wide = dim * ratio
+        self.theta = nn.Linear(dim, wide)
+        self.act = nn.GELU()
+        self.proj = nn.Linear(dim, wide)
+        self.complex = nn.Parameter(torch.randn(1, 1, 1, wide // 2, 2))
+        self.conv = ConvNormAct(wide, wide, 3, groups=wide if depthwise else dim, norm_eps=EPS, act=nn.GELU())
+        self.attn = SqueezeExcite(wide, hidden=dim // 4)
+        self.proj_out = nn.Linear(wide, dim)
+
+    def aggregate(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w m"]:
+        """f: amplitude times phase, plus that of the cell's strongest channel (the first one on a tie)."""
+        strongest = x.argmax(-1, keepdim=True)
+        phase = linear(self.theta, x, activation="gelu")
+        amplitude = linear(self.proj, x)
+        peak = phase.gather(-1, strongest) * amplitude.gather(-1, strongest)
+        return torch.addcmul(peak, amplitude, phase)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        f = rotated(self.aggregate(x), self.complex.view(-1, 2))
+        f = self.conv(f.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return linear(self.proj_out, self.attn(f))
+
+
+def rotated(x: Float[Tensor, "*b m"], factors: Float[Tensor, "m//2 2"]) -> Float[Tensor, "*b m"]:
+    """Channels (2j, 2j + 1) as real and imaginary part, times factors[j] (real, imaginary); float32 at least."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    re, im = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = factors.to(wide.dtype).unbind(-1)
+    return torch.stack([re * c - im * s, re * s + im * c], dim=-1).flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwoFieldConfig:
+    """SpaRTAN's spatial mixer. depthwise: its 3x3 per channel or dense."""
+
+    depthwise: bool = True
+
+    def build(self, place: Place) -> nn.Module:
+        return TwoFieldMixer(place.dim, depthwise=self.depthwise)
