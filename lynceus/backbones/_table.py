@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "spartan": "lynceus.backbones.spartan",
     "swin": "lynceus.backbones.swin",
     "swin_v2": "lynceus.backbones.swin_v2",
+    "vim": "lynceus.backbones.vim",
     "vit": "lynceus.backbones.vit",
     "volo": "lynceus.backbones.volo",
 }

@@ -20,6 +20,13 @@ def pad_to(image: Float[Tensor, "b c h w"], least: int) -> Float[Tensor, "b c H 
     return _pad(image, (0, max(least - width, 0), 0, max(least - height, 0)))
 
 
+def pad_strided(image: Float[Tensor, "b c h w"], side: int, stride: int) -> Float[Tensor, "b c H W"]:
+    """Zero-pads right and bottom until patches of `side`, `stride` apart, cover all."""
+    image = pad_to(image, side)
+    height, width = (n - side for n in image.shape[-2:])
+    return _pad(image, (0, rounded_up(width, stride) - width, 0, rounded_up(height, stride) - height))
+
+
 def pad_map(x: Float[Tensor, "b h w c"], multiple: int) -> Float[Tensor, "b H W c"]:
     """The same for a channels-last map."""
     height, width = x.shape[1:3]

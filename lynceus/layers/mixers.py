@@ -34,6 +34,8 @@ MIXERS: dict[str, str] = {
     "two_field": "lynceus.layers.wave:TwoFieldConfig",
     "gated_position": "lynceus.layers.gated_position:GatedPositionMixer",
     "outlook": "lynceus.layers.outlook:OutlookMixer",
+    "mamba": "lynceus.layers.mamba:MambaMixer",
+    "plain_mamba": "lynceus.layers.plain_scan:PlainMambaMixer",
 }
 
 

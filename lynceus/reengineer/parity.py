@@ -49,6 +49,7 @@ FAMILIES: dict[str, str] = {
     "spartan": "lynceus.reengineer.keys.spartan",
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",
+    "vim": "lynceus.reengineer.keys.vim",
     "vit": "lynceus.reengineer.keys.vit",
     "volo": "lynceus.reengineer.keys.volo",
 }
