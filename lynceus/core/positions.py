@@ -52,6 +52,11 @@ def resize_table(value: Tensor, name: str, target: Tensor, model: nn.Module) -> 
         a, b = math.isqrt(have[0]), math.isqrt(want[0])
         done = f"resize_rel_bias {a}x{a} -> {b}x{b}"
         return resize_rel_bias(value, want[0]), done
+    if len(have) == 2 and len(want) == 2 and have[0] == want[0] and name.endswith("attention_biases"):
+        a, b = math.isqrt(have[1]), math.isqrt(want[1])
+        if a * a != have[1] or b * b != want[1]:
+            return None
+        return resize_rel_bias(value.T, want[1]).T, f"resize_rel_bias {a}x{a} -> {b}x{b}"
     if name.endswith("complex_weight") and len(have) == len(want) == 4:
         if have[0] != want[0] or have[3] != want[3]:
             return None
@@ -65,8 +70,10 @@ def resize_table(value: Tensor, name: str, target: Tensor, model: nn.Module) -> 
         side = math.isqrt(have[1] - extra) if have[1] > extra else 0
         if grid is None or side == 0 or side * side != have[1] - extra:
             return None
-        done = f"resize_positions {side}x{side} -> {grid[0]}x{grid[1]} (bicubic, antialias, {extra} extra tokens kept)"
-        return resize_positions(value, grid, (side, side)), done
+        smooth = getattr(model, "antialias_positions", True)
+        how = "bicubic, antialias" if smooth else "bicubic"
+        done = f"resize_positions {side}x{side} -> {grid[0]}x{grid[1]} ({how}, {extra} extra tokens kept)"
+        return resize_positions(value, grid, (side, side), antialias=smooth), done
     return None
 
 

@@ -14,9 +14,10 @@ from lynceus.layers.mixers import Place
 
 
 class Attention(nn.Module):
-    """Softmax attention of all tokens with all, scale (c / heads) ** -0.5; `qkv` packs [3, heads, c / heads].
+    """Softmax attention of all tokens with all, scale head_dim ** -0.5; `qkv` packs [3, heads, head_dim].
 
-    scale: another factor on the logits. qk_norm: LayerNorm of queries and keys per head. scale_norm: LayerNorm before
+    head_dim: width of a head, by default dim / heads; with another, heads * head_dim need not be dim. scale: another
+    factor on the logits. qk_norm: LayerNorm of queries and keys per head. scale_norm: LayerNorm before
     `proj`. Both with `norm_eps`.
     """
 
@@ -25,6 +26,7 @@ class Attention(nn.Module):
         dim: int,
         heads: int,
         *,
+        head_dim: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         scale: float | None = None,
@@ -35,16 +37,18 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ):
         super().__init__()
-        if dim % heads:
+        if head_dim is None and dim % heads:
             good = heads * max(dim // heads, 1)
             raise AdviceError(f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. dim={good}.")
         self.heads, self.scale = heads, scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // heads, eps=norm_eps) if qk_norm else nn.Identity()
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        width = heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.attn_drop = attn_drop
-        self.norm = nn.LayerNorm(dim, eps=norm_eps) if scale_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.norm = nn.LayerNorm(width, eps=norm_eps) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(width, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -54,13 +58,13 @@ class Attention(nn.Module):
 
         residual: added to the result, inside the last kernel where that is possible.
         """
-        b, c, shape = x.shape[0], x.shape[-1], x.shape
+        b, shape = x.shape[0], x.shape[:-1]
         n = x.shape[1] if x.ndim == 3 else x.shape[1] * x.shape[2]
-        qkv = linear(self.qkv, x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = linear(self.qkv, x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         drop = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=drop, scale=self.scale)
-        x = self.norm(x.transpose(1, 2).reshape(shape))
+        x = self.norm(x.transpose(1, 2).reshape(*shape, self.heads * self.head_dim))
         if self.training and self.proj_drop.p > 0:
             x = self.proj_drop(self.proj(x))
             return x if residual is None else residual + x
@@ -68,9 +72,8 @@ class Attention(nn.Module):
 
     def attention(self, x: Float[Tensor, "b *n c"]) -> Float[Tensor, "b g m m"]:
         """The attention of every token to every token, as a table: for inspection."""
-        b, c = x.shape[0], x.shape[-1]
-        q, k, _ = self.qkv(x).reshape(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        scale = (c // self.heads) ** -0.5 if self.scale is None else self.scale
+        q, k, _ = self.qkv(x).reshape(x.shape[0], -1, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return ((self.q_norm(q) * scale) @ self.k_norm(k).transpose(-2, -1)).softmax(-1)
 
 
