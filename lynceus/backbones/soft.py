@@ -162,7 +162,7 @@ class Soft(Backbone):
             inside = dim
         self.pos_drop = nn.Dropout(c.position_drop)
         self.cls_token = nn.Parameter(torch.empty(1, 1, inside))
-        self.norm = nn.LayerNorm(inside, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(inside, eps=1e-6)
         self.head = nn.Linear(inside, c.num_classes) if c.num_classes else nn.Identity()
         self.init_weights()
 
@@ -199,7 +199,7 @@ class Soft(Backbone):
 
     def run(self, image: Tensor, last: int) -> tuple[list[Tensor], Tensor | None]:
         """The maps of stages 0 to `last`, and the tokens that leave the last stage of all (None before it)."""
-        x, maps = image, []
+        x, maps = image, list[Tensor]()
         for i in range(last + 1):
             blocks = self.get_submodule(f"block{i + 1}")
             if i == len(self.config.dims) - 1:
@@ -262,7 +262,7 @@ class Soft(Backbone):
         self.num_features = self.head_hidden_size = self.stages[-1].channels
 
     def mixer_sites(self) -> list[MixerSite]:
-        """Softmax-free attentions, called on maps, then those of the last stage, called on tokens with a class token."""
+        """Softmax-free attentions, called on maps, then those of the last stage, on tokens with a class token."""
         sites, index, depth, final = [], 0, sum(self.config.depths), len(self.config.dims) - 1
         for i, (dim, heads) in enumerate(zip(self.config.dims, self.config.heads)):
             for j in range(self.config.depths[i] if i < len(self.stages) else 0):

@@ -171,9 +171,8 @@ class HaloAttention(nn.Module):
         q = self.to_blocks(self.q(x).permute(0, 2, 3, 1), rows, columns)
         k, v = self.to_windows(self.kv(x).permute(0, 2, 3, 1), rows, columns)
         y = self.attend(q, k, v)
-        y = self.from_blocks(y, (b, rows, columns))
-        high, wide = (h + self.step - 1) // self.step, (w + self.step - 1) // self.step
-        y = y[:, :high, :wide]
+        size = (h + self.step - 1) // self.step, (w + self.step - 1) // self.step
+        y = self.from_blocks(y, (b, rows, columns), size)
         if self.pooled:
             y = F.avg_pool2d(y.permute(0, 3, 1, 2), 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
         return linear(self.proj, y) if isinstance(self.proj, nn.Linear) else y
@@ -182,6 +181,9 @@ class HaloAttention(nn.Module):
         """Queries by block, blocks row by row image by image."""
         b, h, w, _ = q.shape
         side = self.block // self.step
+        if torch.compiler.is_exporting():
+            q = _taken(q, rows, columns, side, side, 0)
+            return q.view(b * rows * columns, side, side, self.heads, self.key_dim).permute(0, 3, 1, 2, 4)
         q = _pad(q, 0, rows * side - h, 0, columns * side - w)
         q = q.reshape(b, rows, side, columns, side, self.heads, self.key_dim).permute(0, 1, 3, 5, 2, 4, 6)
         return q.reshape(b * rows * columns, self.heads, side, side, self.key_dim)
@@ -192,26 +194,31 @@ class HaloAttention(nn.Module):
         """Keys and values of each block's window."""
         b, h, w, _ = kv.shape
         side, halo = self.window, self.halo
-        kv = _pad(kv, halo, rows * self.block - h + halo, halo, columns * self.block - w + halo)
+        n, cells = b * rows * columns, side * side
         if torch.compiler.is_exporting():
-            place = torch.arange(side, device=kv.device)
-            down = torch.arange(rows, device=kv.device)[:, None] * self.block + place
-            across = torch.arange(columns, device=kv.device)[:, None] * self.block + place
-            kv = kv.index_select(1, down.flatten()).index_select(2, across.flatten())
-            kv = kv.reshape(b, rows, side, columns, side, self.heads, -1).permute(0, 1, 3, 5, 2, 4, 6)
+            kv = _taken(kv, rows, columns, side, self.block, halo).view(n, cells, self.heads, -1).transpose(1, 2)
         else:
+            kv = _pad(kv, halo, rows * self.block - h + halo, halo, columns * self.block - w + halo)
             kv = kv.unflatten(3, (self.heads, -1)).unfold(1, side, self.block).unfold(2, side, self.block)
             kv = kv.permute(0, 1, 2, 3, 5, 6, 4)  # b rows columns g Y X c
-        n, cells = b * rows * columns, side * side
         k, v = kv.split((self.key_dim, self.value_dim), -1)
         return k.reshape(n, self.heads, cells, self.key_dim), v.reshape(n, self.heads, cells, self.value_dim)
 
-    def from_blocks(self, y: Float[Tensor, "n g cells v"], size: tuple[int, int, int]) -> Float[Tensor, "b H W c"]:
-        """The map of `size` (images, rows and columns of blocks)."""
-        b, rows, columns = size
-        side = self.block // self.step
+    def from_blocks(
+        self, y: Float[Tensor, "n g cells v"], blocks: tuple[int, int, int], size: tuple[int, int]
+    ) -> Float[Tensor, "b H W c"]:
+        """The map of `size`, without the padding. blocks: images, rows and columns of blocks."""
+        b, rows, columns = blocks
+        side, channels = self.block // self.step, self.heads * self.value_dim
+        h, w = size
+        if torch.compiler.is_exporting():
+            y = y.transpose(1, 2).reshape(-1).view(b, rows * columns * side * side, channels)
+            (across,) = _numbers(columns, device=y.device)
+            row, column = torch.arange(h, device=y.device)[:, None], torch.arange(w, device=y.device)
+            order = (row // side * across + column // side) * side * side + row % side * side + column % side
+            return y[:, order]
         y = y.reshape(b, rows, columns, self.heads, side, side, self.value_dim).permute(0, 1, 4, 2, 5, 3, 6)
-        return y.reshape(b, rows * side, columns * side, self.heads * self.value_dim)
+        return y.reshape(b, rows * side, columns * side, channels)[:, :h, :w]
 
     def attend(
         self, q: Float[Tensor, "n g y x d"], k: Float[Tensor, "n g cells d"], v: Float[Tensor, "n g cells v"]
@@ -227,7 +234,9 @@ class HaloAttention(nn.Module):
         if fusable(q):
             return self._in_pieces(q, k, v, by_row, by_column)
         position = (by_row[..., :, None] + by_column[..., None, :]).reshape(n, g, side * side, cells)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=position, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=position, scale=scale)
+        # the kernel's layout is not that of the plain products it is exported as
+        return y.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else y
 
     def _in_pieces(self, q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         """The same, some blocks at a time."""
@@ -244,6 +253,29 @@ class HaloAttention(nn.Module):
             mask = here.view(-1, g, queries, self.window**2)
             out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=mask, scale=d**-0.5)
         return out
+
+
+def _taken(x: Tensor, rows: int, columns: int, side: int, step: int, halo: int) -> Tensor:
+    """Squares of `side` cells, one every `step`, begun `halo` before: flat; for free sizes, of which nothing is asked.
+
+    Cells outside the map are zeros: one is put behind the map for all of them.
+    """
+    b, h, w, c = x.shape
+    high, wide, across = _numbers(h, w, columns, device=x.device)
+    place = torch.arange(rows * columns * side * side, device=x.device)
+    number, cell = place // (side * side), place % (side * side)
+    row = number // across * step + cell // side - halo
+    column = number % across * step + cell % side - halo
+    inside = (row >= 0) & (row < high) & (column >= 0) & (column < wide)
+    order = torch.where(inside, row * wide + column, high * wide)
+    x = x.clone(memory_format=torch.contiguous_format).view(-1).view(b, h * w, c)
+    x = torch.cat([x, x.new_zeros(b, 1, c)], 1)
+    return x.index_select(1, order).view(-1)
+
+
+def _numbers(*sizes: int, device: torch.device | None) -> list[Tensor]:
+    """Sizes as tensors: arithmetic with them exports when they are free."""
+    return [torch.full((), n, dtype=torch.int64, device=device) for n in sizes]
 
 
 def _pad(x: Tensor, top: Any, bottom: Any, left: Any, right: Any) -> Tensor:
