@@ -14,6 +14,7 @@ FAMILIES: dict[str, str] = {
     "cvt": "lynceus.backbones.cvt",
     "hornet": "lynceus.backbones.hornet",
     "hyena_vit": "lynceus.backbones.hyena_vit",
+    "plain_mamba": "lynceus.backbones.plain_mamba",
     "resnet": "lynceus.backbones.resnet",
     "soft": "lynceus.backbones.soft",
     "spartan": "lynceus.backbones.spartan",

@@ -6,9 +6,9 @@ For every channel c and state n, from h_0 = 0 (or a state that is given),
 
 Only decays exp(delta A) <= 1 are ever formed, never their inverses, so no length and no step overflows.
 
-Two routes compute it. "sequential" is the definition, a step at a time. "chunked" makes all decays and inputs of a tile of
-tokens in a few large operations, runs short sequences through one fused multiply-add per token, and runs several chunks
-side by side where there are few channels; its backward is closed-form and keeps one state per tile, not one per token.
+Two routes compute it. "sequential" is the definition, a step at a time. "chunked" makes all decays and inputs of a tile
+of tokens in a few large operations, so that a token costs one fused multiply-add, and runs chunks of the sequence side
+by side where there are few channels; its backward is closed-form and keeps one state per tile, not one per token.
 Under export the recurrence is one `scan` operator with a free length, under torch.compile one opaque operator.
 """
 
@@ -119,7 +119,7 @@ def selective_step(
 
 def scan(
     u: Float[Tensor, "t s b d"],
-    delta: Float[Tensor, "t #s b d"],
+    delta: Float[Tensor, "t e b d"],
     A: Float[Tensor, "#s n d"],
     B: Float[Tensor, "#t #s #b n #d"],
     C: Float[Tensor, "#t #s #b n #d"],

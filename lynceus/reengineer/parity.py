@@ -44,6 +44,7 @@ FAMILIES: dict[str, str] = {
     "cvt": "lynceus.reengineer.keys.cvt",
     "hornet": "lynceus.reengineer.keys.hornet",
     "hyena-nd": "lynceus.reengineer.keys.hyena_vit",
+    "plain-mamba": "lynceus.reengineer.keys.plain_mamba",
     "resnet": "lynceus.reengineer.keys.resnet",
     "soft": "lynceus.reengineer.keys.soft",
     "spartan": "lynceus.reengineer.keys.spartan",
