@@ -23,7 +23,7 @@ REBUILT = ("num_batches_tracked", "relative_position_index", "relative_coords_ta
 # tables that may be stored for another grid
 TABLES = re.compile(
     r"(pos_?embed(ding)?s?|position_embeddings?|positional_embedding|relative_position_bias_table|rel_pos_[hw]|"
-    r"complex_weight)$"
+    r"complex_weight|attention_biases)$"
 )
 
 
