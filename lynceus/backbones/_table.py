@@ -15,6 +15,7 @@ FAMILIES: dict[str, str] = {
     "hornet": "lynceus.backbones.hornet",
     "hyena_vit": "lynceus.backbones.hyena_vit",
     "plain_mamba": "lynceus.backbones.plain_mamba",
+    "resnas": "lynceus.backbones.resnas",
     "resnet": "lynceus.backbones.resnet",
     "soft": "lynceus.backbones.soft",
     "spartan": "lynceus.backbones.spartan",

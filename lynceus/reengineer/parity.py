@@ -51,6 +51,7 @@ FAMILIES: dict[str, str] = {
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",
     "vim": "lynceus.reengineer.keys.vim",
+    "vit-resnas": "lynceus.reengineer.keys.resnas",
     "vit": "lynceus.reengineer.keys.vit",
     "volo": "lynceus.reengineer.keys.volo",
 }
