@@ -314,7 +314,7 @@ VARIANTS: dict[str, SoftConfig] = {
         dims=(32, 64, 96, 128),
         depths=(1, 1, 2, 1),
         heads=(1, 2, 3, 4),
-        ratios=(4, 2, 2),
+        ratios=(8, 4, 2),
         value_kernels=(5, 5, 3),
         normalised=True,
     ),

@@ -323,9 +323,12 @@ def test_data_config(model):
 # fewer layers of every kind, for the minutes that tracing takes; the whole nets are traced in the slow tests
 SHALLOW = {
     "convnext_nano": {"depths": (1, 1, 1, 1)},
+    "halonet_nano": {"layout": ("c", "aa"), "widths": (64, 128), "hidden": (48, 96), "strides": (1, 2)},
     "hornet_nano": {"depths": (1, 1, 1, 1)},
     "hornet_nano_gf": {"depths": (1, 1, 1, 1)},
+    "hyena_vit_nano": {"depth": 2},
     "resnet_nano": {"depths": (1, 2, 1, 1)},
+    "soft_nano": {"depths": (1, 1, 1, 1)},
     "spartan_nano": {"depths": (1, 1, 1, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
     "vit_nano": {"depth": 3},
