@@ -241,6 +241,11 @@ def _write(name: str, plan: Plan, model: nn.Module, example: Tensor, path: Path)
     if name == "torch":
         torch.export.save(plan.program, path)
         return plan
+    return write_onnx(plan, model, example, path)
+
+
+def write_onnx(plan: Plan, model: nn.Module, example: Tensor, path: Path) -> Plan:
+    """Writes the plan as ONNX, with fewer free axes where it must be; returns what was written."""
     reason = ""
     for made in _fallbacks(plan, model, example):
         try:
@@ -279,6 +284,11 @@ def _runner(name: str, path: Path) -> Run:
     if name == "torch":
         module = torch.export.load(path).module()
         return lambda x: _outputs(module(x))
+    return open_onnx(path)
+
+
+def open_onnx(path: Path) -> Run:
+    """An ONNX file as a function, with as many threads as torch has now."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
