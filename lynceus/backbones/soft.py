@@ -199,7 +199,8 @@ class Soft(Backbone):
 
     def run(self, image: Tensor, last: int) -> tuple[list[Tensor], Tensor | None]:
         """The maps of stages 0 to `last`, and the tokens that leave the last stage of all (None before it)."""
-        x, maps = image, list[Tensor]()
+        x = image
+        maps: list[Tensor] = []
         for i in range(last + 1):
             blocks = self.get_submodule(f"block{i + 1}")
             if i == len(self.config.dims) - 1:
