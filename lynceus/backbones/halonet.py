@@ -48,9 +48,9 @@ class HaloNetConfig(BackboneConfig):
     channels that leave the blocks of a stage, and those between their 1x1 convolutions. strides: of the first blocks.
     attention: options of the attention, one for all stages or one per stage. value_ratio: channels of the values, in
     units of `hidden`.
-    stem: one 7x7 or 3x3 convolution, or three 3x3 ("tiered" of 3/8, 1/2 and all of `stem_width`, "deep" of a quarter,
-    half and all); its first convolution has `stem_stride`. stem_pool: 3x3 pooling of stride 2 after it; "none": the
-    last of three convolutions has stride 2 instead.
+    stem: one 7x7 or 3x3 convolution, or three 3x3 ("tiered": of 3/8, 1/2 and all of `stem_width`; "deep": all of it);
+    the first convolution has `stem_stride`. stem_pool: 3x3 pooling of stride 2 after them; "none": the last
+    of three convolutions has stride 2 instead.
     activation: relu, silu (swish), gelu, hard_swish. channel_attention: after the 3x3 convolutions: none, "se", "eca".
     group_width: channels per group of the 3x3 convolutions, 0 for one group. shortcut: where the shape changes, a 1x1
     convolution ("conv"), behind 2x2 means where the stride is 2 ("avg"), or no shortcut at all ("none").
@@ -112,7 +112,7 @@ class Stem(nn.Module):
         super().__init__()
         kernel = 7 if c.stem == "7x7" else 3
         full = c.stem_width
-        widths = {"tiered": (3 * full // 8, full // 2, full), "deep": (full // 4, full // 2, full)}.get(c.stem, (full,))
+        widths = {"tiered": (3 * full // 8, full // 2, full), "deep": (full, full, full)}.get(c.stem, (full,))
         strides = [c.stem_stride] + [1] * (len(widths) - 1)
         if c.stem_pool == "none" and len(widths) > 1:
             strides[-1] = 2

@@ -140,13 +140,13 @@ def hybrid(config: Mapping[str, Any]) -> HaloNetConfig:
         strides=tuple(stage[0].get("s", 2) for stage in stages),
         attention=tuple(attention),
         stem=_STEMS[config.get("stem_type", "3x3")],  # type: ignore[arg-type]
-        stem_width=config.get("stem_chs", 32),
+        stem_width=round(config.get("stem_chs", 32) * factor),
         stem_pool=_POOLS[config.get("stem_pool", "maxpool")],  # type: ignore[arg-type]
         activation=config.get("act_layer", "relu"),
         channel_attention=attentive.pop(),
         group_width=groups.pop(),
         shortcut=_SHORTCUTS[config.get("downsample", "conv1x1")],  # type: ignore[arg-type]
-        final_width=config.get("num_features", 0),
+        final_width=round(config.get("num_features", 0) * factor),
         zero_init_residual=config.get("zero_init_last", True),
         **{k: config[k] for k in _SAME if k in config},
     )
