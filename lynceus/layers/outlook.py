@@ -8,6 +8,7 @@ values is added up where they overlap, without averaging. Cells outside the map 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,22 +62,21 @@ class OutlookAttention(nn.Module):
             x = pooled.permute(0, 2, 3, 1)
         b, rows, columns, _ = x.shape
         cells = self.kernel**2
-        logits = linear(self.attn, x).reshape(b, rows, columns, self.heads, cells, cells)
-        return (logits * self.scale).softmax(-1)
+        logits = linear(self.attn, x).reshape(b * rows * columns, self.heads * cells, cells)
+        # softmax over a few numbers that lie side by side is slow: over the second axis instead
+        weights = (logits * self.scale).transpose(1, 2).contiguous().softmax(1).transpose(1, 2)
+        return weights.reshape(b, rows, columns, self.heads, cells, cells)
 
     def mix(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """What the windows make of their values, added up; without the last projection."""
         b, h, w, c = x.shape
-        k, d = self.kernel, c // self.heads
+        g, cells, d = self.heads, self.kernel**2, c // self.heads
         weights = self.attn_drop(self.weights(x))
         rows, columns = weights.shape[1:3]
-        # rows columns heads cells d: the order of the products, so that values are moved once
-        v = windows(linear(self.v, x), (rows, columns), k, self.stride, self.padding)
-        v = v.reshape(b, rows, columns, k, k, self.heads, d).permute(0, 1, 2, 5, 3, 4, 6)
-        count = b * rows * columns * self.heads
-        y = torch.bmm(weights.reshape(count, k * k, k * k), v.reshape(count, k * k, d))
-        y = y.view(b, rows, columns, self.heads, k, k, d).permute(0, 1, 2, 4, 5, 3, 6)
-        return overlap_add(y.reshape(b, rows, columns, k, k, c), (h, w), self.stride, self.padding)
+        layout = (rows, columns, self.kernel, self.stride, self.padding)
+        v = windows(linear(self.v, x).reshape(b, h, w, g, d), layout)
+        y = torch.bmm(weights.reshape(-1, cells, cells), v.reshape(-1, cells, d))
+        return overlap_add(y.view(v.shape), (h, w), layout).reshape(b, h, w, c)
 
     def _mix_free_sizes(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """The same by gathers, which ask nothing about sizes that an exported program leaves free."""
@@ -138,42 +138,70 @@ def _places(
     return source, target
 
 
-def windows(
-    x: Float[Tensor, "b h w c"], count: tuple[int, int], kernel: int, stride: int, padding: int
-) -> Float[Tensor, "b rows columns k k c"]:
-    """A view of `count` (rows, columns) windows, zeros outside the map; window i starts at i * stride - padding."""
-    h, w = x.shape[1:3]
-    down, across = ((n - 1) * stride + kernel - padding - size for n, size in zip(count, (h, w)))
-    x = F.pad(x, (0, 0, padding, across, padding, down))
-    return x.unfold(1, kernel, stride).unfold(2, kernel, stride).permute(0, 1, 2, 4, 5, 3)
+Layout = tuple[int, int, int, int, int]  # rows and columns of windows, kernel, stride, padding
+
+
+def windows(x: Float[Tensor, "b h w g d"], layout: Layout) -> Float[Tensor, "b rows columns g k k d"]:
+    """All windows, moved apart; zeros outside the map. Window i starts at cell i * stride - padding."""
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        out: Tensor = _Windows.apply(x, layout)
+        return out
+    return _windows(x, layout)
 
 
 def overlap_add(
-    y: Float[Tensor, "b rows columns k k c"], size: tuple[int, int], stride: int, padding: int
-) -> Float[Tensor, "b h w c"]:
+    y: Float[Tensor, "b rows columns g k k d"], size: tuple[int, int], layout: Layout
+) -> Float[Tensor, "b h w g d"]:
     """The sum of all windows on a map of `size`, the reverse way of `windows`."""
-    y = _add_lines(y.transpose(2, 3), size[0], stride, padding)  # b h columns k c
-    x = _add_lines(y.flatten(0, 1), size[1], stride, padding)  # b*h w c
-    return x.view(y.shape[0], size[0], size[1], y.shape[-1])
+    if torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling():
+        out: Tensor = _OverlapAdd.apply(y, size, layout)
+        return out
+    return _overlap_add(y, size, layout)
 
 
-def _add_lines(y: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    """b n k ... -> b size ...: windows of k places, one every `stride`, added up; k is cut into pieces of a stride,
-    and piece g of window i lies where piece 0 of window i + g does."""
-    b, n, k = y.shape[:3]
-    rest = y.shape[3:]
-    pieces = -(-k // stride)
-    flat = (0, 0) * len(rest)
-    if pieces * stride > k:
-        y = F.pad(y, (*flat, 0, pieces * stride - k))
-    parts = y.reshape(b, n, pieces, stride, *rest)
-    total = sum(F.pad(parts[:, :, g], (*flat, 0, 0, g, pieces - 1 - g)) for g in range(pieces))
-    assert isinstance(total, Tensor)
-    total = total.reshape(b, (n + pieces - 1) * stride, *rest)
-    short = padding - (pieces - 1) * stride  # places after the last window, where windows hardly overlap
-    if short > 0:
-        total = F.pad(total, (*flat, 0, short))
-    return total[:, padding : padding + size]
+def _windows(x: Tensor, layout: Layout) -> Tensor:
+    rows, columns, kernel, stride, padding = layout
+    down, across = (
+        (n - 1) * stride + kernel - padding - size for n, size in zip((rows, columns), (x.shape[1], x.shape[2]))
+    )
+    x = F.pad(x, (0, 0, 0, 0, padding, across, padding, down))
+    view = x.unfold(1, kernel, stride).unfold(2, kernel, stride)  # b rows columns g d k k
+    return view.permute(0, 1, 2, 3, 5, 6, 4).contiguous()
+
+
+def _overlap_add(y: Tensor, size: tuple[int, int], layout: Layout) -> Tensor:
+    rows, columns, kernel, stride, padding = layout
+    down, across = ((n - 1) * stride + 1 for n in (rows, columns))
+    high, wide = (max(n + kernel - 1, padding + side) for n, side in zip((down, across), size))
+    out = y.new_zeros(y.shape[0], high, wide, y.shape[3], y.shape[6])
+    for i in range(kernel):
+        for j in range(kernel):
+            out[:, i : i + down : stride, j : j + across : stride] += y[:, :, :, :, i, j]
+    return out[:, padding : padding + size[0], padding : padding + size[1]]
+
+
+class _Windows(torch.autograd.Function):
+    """`windows` and `overlap_add` are each other's gradient; torch's own would fill a whole map per cell."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.size, ctx.layout = (x.shape[1], x.shape[2]), layout
+        return _windows(x, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return overlap_add(grads[0], ctx.size, ctx.layout), None
+
+
+class _OverlapAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, size: tuple[int, int], layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return _overlap_add(y, size, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return windows(grads[0], ctx.layout), None, None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
