@@ -56,6 +56,11 @@ def save_pretrained(model: Backbone, folder: str | Path, *, licence: str | None 
 def describe(model: Backbone) -> dict[str, Any]:
     """What rebuilds a backbone, as plain values. Raises AdviceError for one that no name builds."""
     name = str(model.name)
+    if hasattr(model, "rewrite"):
+        raise AdviceError(
+            f"This {name} was changed by {type(model.rewrite).__name__}, which a folder for the hub cannot say; "
+            "lynceus.train.checkpoint.save_model(model, FOLDER) writes both."
+        )
     if name not in variants() and not name.startswith("timm:"):
         raise AdviceError(
             f"{name!r} is no model that create_model can build, so a folder of it could not be read back; "

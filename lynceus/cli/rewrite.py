@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
@@ -12,11 +13,24 @@ from lynceus.cli._models import open_model, twin_of
 from lynceus.cli._run import run_folder, show
 from lynceus.cli._schema import merged, one_of, parse, with_options
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+JUDGES = 512  # images that `deploy` compares answers on unless --limit says otherwise
+
 # name -> (class, one line)
 REWRITES: dict[str, tuple[str, str]] = {
     "crop_selection": (
         "lynceus.rewrite.crop_selection:CropSelection",
         "the image chooses its own crop, so small shifts change nothing",
+    ),
+    "swap": (
+        "lynceus.rewrite.swap:Swap",
+        "other token mixers (attention, hyena, ...) in some blocks; all else keeps its weights",
+    ),
+    "deploy": (
+        "lynceus.rewrite.deploy:Deploy",
+        "the fastest way to run it on this machine that keeps its answers on your images",
     ),
 }
 
@@ -30,6 +44,7 @@ class Options:
     split: str | None = None  # train, val or test, where the source has them
     limit: int | None = None  # look at this many images
     size: tuple[int, int] | None = None  # height and width of the example when there is no data
+    batch: int = 8  # images of the example
     weights: Path | None = None  # checkpoint for a model given by name
     seed: int = 0  # of every random choice
     out: Path | None = None  # folder; default: runs/rewrite/NAME
@@ -60,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
         if data is not None
         else options.size or getattr(inner, "input_size", (224, 224))
     )
-    example = torch.rand(8, 3, *size, generator=generator(options.seed, "example"))
+    example = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
+    if name == "deploy":
+        return _deploy(options, model, rewrite, data, example, out)
     changed = rewrite(model, example)
     save_model(changed, out)
     report = compare(model, changed, data, example, seed=options.seed)
@@ -74,10 +91,43 @@ def main(argv: Sequence[str]) -> int:
     twin = (
         f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\n"
         "from lynceus.gauntlet.compare import compare\nfrom lynceus.train.checkpoint import save_model\n\n"
-        f"model, example = {expression}, torch.rand(8, 3, {size[0]}, {size[1]})\n"
+        f"model, example = {expression}, torch.rand({options.batch}, 3, {size[0]}, {size[1]})\n"
         f"changed = {rewrite!r}(model, example)\nsave_model(changed, {str(out)!r})\n"
         f"print(compare(model, changed, {source}, example).table())"
     )
     show(report, out=out, twin=twin)
     print(f"\nthe changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)")
+    return 0
+
+
+def _deploy(options: Any, model: nn.Module, rewrite: Any, data: Any, example: Tensor, out: Path) -> int:
+    """Measures on the images themselves, and shows everything that was tried."""
+    from lynceus.core.subject import Subject
+    from lynceus.train.checkpoint import save_model
+    from lynceus.train.evaluate import batches
+
+    subject, images, seen = Subject(model), None, 0
+    if data is not None:
+        images = []
+        for batch in batches(data, subject, options.batch):
+            images.append(subject.prepare(batch.image))
+            seen += len(batch)
+            if options.limit is None and seen >= JUDGES:
+                break
+    first = next((b for b in images or () if len(b) == options.batch), None)
+    changed = rewrite(model, subject.prepare(example) if first is None else first, images)
+    save_model(changed, out)
+    if options.limit is None and seen >= JUDGES:
+        changed.report.notes.append(f"The first {seen} images are judged on; --limit says how many.")
+    line, expression = twin_of(options.model, weights=options.weights)
+    shape = tuple(example.shape if first is None else first.shape)
+    twin = (
+        f"import torch\n{line}\nfrom lynceus.rewrite.deploy import Deploy\n"
+        "from lynceus.train.checkpoint import save_model\n\n"
+        f"# images: your own, in batches as the model takes them\n"
+        f"fast = {rewrite!r}({expression}, torch.rand{shape!r}, images=None)\n"
+        f"save_model(fast, {str(out)!r})\nprint(fast.report.table())"
+    )
+    show(changed.report, out=out, twin=twin)
+    print(f"\nthe deployed model: {out}  (lynceus predict {out} PICTURES); on another machine, deploy it anew")
     return 0

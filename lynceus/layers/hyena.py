@@ -57,7 +57,7 @@ class Positions(nn.Module):
         self.length, self.size = length, size
         self.z = nn.Parameter(position_features(length, size).float()[None])
 
-    def forward(self, length: int) -> Float[Tensor, "length size"]:
+    def table(self, length: int) -> Float[Tensor, "length size"]:
         if not torch.compiler.is_exporting() and length == self.length:
             return self.z[0]
         old, new = (position_features(n, self.size, device=self.z.device).to(self.z) for n in (self.length, length))
@@ -168,7 +168,7 @@ class HyenaFilter(nn.Module):
         if self.joint or self.axes == 1:
             parts = []
             for axis, length in enumerate(grid):
-                z = self.pos_emb(length).to(wide)
+                z = self.pos_emb.table(length).to(wide)
                 z = z.reshape(*(length if i == axis else 1 for i in range(self.axes)), z.shape[-1])
                 parts.append(z.expand(*grid, z.shape[-1]))
             k = self._network(self.implicit_filter, torch.cat(parts, -1))
@@ -179,7 +179,7 @@ class HyenaFilter(nn.Module):
             return k * (window + self.modulation.added())
         out: Tensor | None = None
         for axis, length in enumerate(grid):
-            k = self._network(getattr(self, f"{LETTERS[axis]}implicit_filter"), self.pos_emb(length).to(wide))
+            k = self._network(getattr(self, f"{LETTERS[axis]}implicit_filter"), self.pos_emb.table(length).to(wide))
             if self.decay != "no":
                 part = getattr(self, f"{LETTERS[axis]}modulation")
                 k = k * (torch.exp(-_time(length, k) * part.rate("deltas", k)) + part.added())

@@ -24,22 +24,27 @@ from lynceus.core.errors import AdviceError, unknown
 Way = Literal["auto", "direct", "products", "fft"]
 WAYS: tuple[str, ...] = ("auto", "direct", "products", "fft")
 # largest grids, measured on a CPU: cells for "direct" without gradients, sides for "products" without and with them
-DIRECT_CELLS, PRODUCT_SIDE, PRODUCT_SIDE_TRAINING = 576, 40, 64
+DIRECT_CELLS, PRODUCT_SIDE, PRODUCT_SIDE_TRAINING = 900, 40, 64
+
+
+Waves = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LongKernel:
-    """A kernel made ready for one way: what `long_conv` multiplies with. `flipped`: axes whose lags are negative."""
+    """A kernel made ready for one way: what `long_conv` multiplies with. `flipped`: axes whose lags are negative.
+    waves: cos and sin for each axis, where the way needs them."""
 
     way: str
     grid: tuple[int, ...]
     flipped: tuple[int, ...]
     parts: tuple[Tensor, ...]
+    waves: tuple[Waves, ...] = ()
 
 
 def choose(x: Tensor, *, grad: bool) -> str:
     """The fastest way for x (b, *grid, c) on its device; grad: gradients will be asked for."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():  # compilers have no code for complex numbers, and ONNX runtimes odd ones
         return "products"
     grid = x.shape[1:-1]
     if x.device.type != "cpu":
@@ -57,6 +62,7 @@ def prepare(kernel: Float[Tensor, "*grid c"], way: str, flipped: Sequence[int] =
     if any(not 0 <= axis < axes for axis in flipped):
         raise AdviceError(f"A kernel of {axes} axes can be flipped along 0 to {axes - 1}, not {list(flipped)}.")
     parts: tuple[Tensor, ...]
+    waves: tuple[Waves, ...] = ()
     if way == "direct":
         if axes > 2:
             raise AdviceError("'direct' takes one or two axes; take way='products' or 'fft'.")
@@ -65,7 +71,8 @@ def prepare(kernel: Float[Tensor, "*grid c"], way: str, flipped: Sequence[int] =
         weight = weight if axes == 2 else weight[None]
         parts = (weight.permute(2, 0, 1)[:, None].contiguous(),)
     elif way == "products":
-        parts = _transform(kernel[None], flipped)
+        waves = tuple(_waves(n, kernel) for n in grid)
+        parts = _transform(kernel[None], waves, flipped)
     else:
         sizes = [2 * n for n in grid]
         spectrum = torch.fft.rfftn(kernel, s=sizes, dim=list(range(axes)))
@@ -75,7 +82,7 @@ def prepare(kernel: Float[Tensor, "*grid c"], way: str, flipped: Sequence[int] =
             else:
                 spectrum = _negated(spectrum, [axis])
         parts = (spectrum,)
-    return LongKernel(way, grid, tuple(flipped), parts)
+    return LongKernel(way, grid, tuple(flipped), parts, waves)
 
 
 def long_conv(x: Float[Tensor, "b *grid c"], kernel: LongKernel) -> Float[Tensor, "b *grid c"]:
@@ -84,8 +91,8 @@ def long_conv(x: Float[Tensor, "b *grid c"], kernel: LongKernel) -> Float[Tensor
     if kernel.way == "direct":
         return _direct(x, kernel)
     if kernel.way == "products":
-        (a, b), (r, i) = _transform(x), kernel.parts
-        return _inverse(a * r - b * i, a * i + b * r, x.shape[1:-1])
+        (a, b), (r, i) = _transform(x, kernel.waves), kernel.parts
+        return _inverse(a * r - b * i, a * i + b * r, kernel.waves)
     sizes = [2 * n for n in x.shape[1:-1]]
     y = torch.fft.irfftn(torch.fft.rfftn(x, s=sizes, dim=axes) * kernel.parts[0], s=sizes, dim=axes)
     for axis in axes:
@@ -115,56 +122,65 @@ def _direct(x: Tensor, kernel: LongKernel) -> Tensor:
 
 
 # the transform as matrix products -----------------------------------------------------------------------
-def _angles(rows: int, columns: int, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi j k / period, for j < rows and k < columns; whole periods are taken off before rounding."""
-    j = torch.arange(rows, device=like.device)[:, None] * torch.arange(columns, device=like.device)
-    angle = (j % period).to(torch.float64) * (2 * math.pi / period)
+def _period(length: int) -> int:
+    """Long enough that nothing comes round; in an export even, for then torch can prove that a matrix is not empty."""
+    return 2 * length if torch.compiler.is_exporting() else 2 * length - 1
+
+
+def _waves(length: int, like: Tensor) -> Waves:
+    """cos and sin of 2 pi k j / period, (frequencies, length), for frequencies k and places j."""
+    k, j = torch.arange(_period(length), device=like.device), torch.arange(length, device=like.device)
+    period = torch.full((), _period(length), dtype=torch.int64, device=like.device)  # as a tensor: free sizes export
+    angle = (k[:, None] * j % period).to(torch.float64) * (2 * math.pi / period.to(torch.float64))
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
-def _transform(x: Tensor, flipped: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of the transform of x (b, *grid, c) with period 2 n - 1 along every axis of n cells;
-    of the first axis the frequencies 0 .. n - 1, which determine the others. Flipped axes turn the other way."""
-    b, n, c = x.shape[0], x.shape[1], x.shape[-1]
-    rest = x.shape[2:-1]
-    cos, sin = _angles(n, n, 2 * n - 1, x)
-    width = c * math.prod(rest)
-    sign = 1.0 if 0 in flipped else -1.0
-    y = torch.matmul(torch.cat([cos, sign * sin]), x.reshape(b, n, width))  # b (2 n) rest
-    y = y.reshape(b, 2, n, width)
-    before, after = n, width
-    for axis, m in enumerate(rest, start=1):
-        after = after // m
-        cos, sin = _angles(2 * m - 1, m, 2 * m - 1, x)
+def _half(waves: Waves) -> Waves:
+    """The lower half of the frequencies, which determines the others; in an export all."""
+    cos, sin = waves
+    return waves if torch.compiler.is_exporting() else (cos[: cos.shape[1]], sin[: cos.shape[1]])
+
+
+def _times(matrix: Float[Tensor, "m n"], x: Float[Tensor, "*batch n c"]) -> Float[Tensor, "*batch m c"]:
+    """matrix @ x, in an export without questions about free sizes: they cannot be proved to differ from 0 and 1."""
+    if not torch.compiler.is_exporting():
+        return matrix @ x
+    batch, (n, c) = x.shape[:-2], x.shape[-2:]
+    count = math.prod(batch)
+    flat = x.clone(memory_format=torch.contiguous_format).view(-1).view(count, n, c)
+    y = torch.bmm(matrix.expand(count, -1, -1), flat)
+    return y.view(-1).view(*batch, matrix.shape[0], c)
+
+
+def _transform(x: Tensor, waves: Sequence[Waves], flipped: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of the transform of x (b, *grid, c) with a period along every axis; of the last axis the
+    lower half of the frequencies. Flipped axes turn the other way.
+
+    Axes come out as (last but one, ..., last, first): each product wants its axis next to the channels.
+    """
+    axes = x.ndim - 2
+    cos, sin = _half(waves[-1])
+    re, im = _times(cos, x), _times(sin if axes - 1 in flipped else -sin, x)
+    for axis in reversed(range(axes - 1)):
+        re, im = re.movedim(-2, 1), im.movedim(-2, 1)
+        cos, sin = waves[axis]
         sin = -sin if axis in flipped else sin
-        turn = torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])
-        y = y.reshape(b, 2, before, m, after).transpose(1, 2).reshape(b * before, 2 * m, after)
-        y = torch.matmul(turn, y).reshape(b, before, 2, (2 * m - 1) * after).transpose(1, 2)
-        before = before * (2 * m - 1)
-    y = y.reshape(b, 2, before, c)
-    return y[:, 0], y[:, 1]
+        re, im = _times(cos, re) + _times(sin, im), _times(cos, im) - _times(sin, re)
+    return re, im
 
 
-def _inverse(real: Tensor, imaginary: Tensor, grid: Sequence[int]) -> Tensor:
+def _inverse(re: Tensor, im: Tensor, waves: Sequence[Waves]) -> Tensor:
     """The first cells of the inverse of `_transform`, as a map (b, *grid, c)."""
-    b, before, c = real.shape
-    y = torch.stack([real, imaginary], 1)
-    after = c
-    for m in reversed(grid[1:]):
-        period = 2 * m - 1
-        before = before // period
-        cos, sin = _angles(m, period, period, real)
-        turn = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]) / period
-        y = y.reshape(b, 2, before, period * after).transpose(1, 2).reshape(b * before, 2 * period, after)
-        y = torch.matmul(turn, y).reshape(b, before, 2, m * after).transpose(1, 2)
-        after = after * m
-    n = grid[0]
-    cos, sin = _angles(n, n, 2 * n - 1, real)
-    twice = torch.full((n,), 2.0, dtype=real.dtype, device=real.device) - (torch.arange(n, device=real.device) == 0).to(
-        real.dtype
-    )
-    back = torch.cat([cos * twice, -sin * twice], 1) / (2 * n - 1)
-    return torch.matmul(back, y.reshape(b, 2 * n, after)).reshape(b, *grid, c)
+    for cos, sin in waves[:-1]:
+        cos, sin = (cos / cos.shape[0]).T, (sin / cos.shape[0]).T
+        re, im = _times(cos, re) - _times(sin, im), _times(cos, im) + _times(sin, re)
+        re, im = re.movedim(1, -2), im.movedim(1, -2)
+    whole, (cos, sin) = waves[-1][0].shape[0], _half(waves[-1])
+    if not torch.compiler.is_exporting():
+        twice = torch.full((cos.shape[0], 1), 2.0, dtype=cos.dtype, device=cos.device)  # for its mirror image too
+        twice[0] = 1.0
+        cos, sin = cos * twice, sin * twice
+    return _times((cos / whole).T, re) - _times((sin / whole).T, im)
 
 
 def _negated(spectrum: Tensor, axes: Sequence[int]) -> Tensor:

@@ -53,7 +53,10 @@ def exportable(model: nn.Module) -> bool:
 
 
 def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
-    """Name, configuration and preprocessing of a backbone, as plain values."""
+    """Name, configuration and preprocessing of a backbone, as plain values, and how it was rewritten."""
+    if hasattr(backbone, "rewrite") and hasattr(backbone, "original"):
+        made = describe_backbone(backbone.original)  # type: ignore[arg-type]
+        return {**made, "rewrites": [*made.get("rewrites", []), _step(backbone.rewrite)]}
     return {
         "name": str(getattr(backbone, "name", type(backbone).__name__)),
         "config": to_dict(getattr(backbone, "config", None)),
@@ -71,9 +74,8 @@ def describe_model(model: Any) -> dict[str, Any]:
         )
     # what a Rewrite made: the original, then how it was changed
     if hasattr(model, "rewrite") and hasattr(model, "original"):
-        made, kind = describe_model(model.original), type(model.rewrite)
-        step = {"rewrite": f"{kind.__module__}:{kind.__qualname__}", "options": to_dict(model.rewrite)}
-        return {**made, "rewrites": [*made.get("rewrites", []), step]}
+        made = describe_model(model.original)
+        return {**made, "rewrites": [*made.get("rewrites", []), _step(model.rewrite)]}
     out: dict[str, Any] = {"format": FORMAT, "lynceus": lynceus.__version__}
     if hasattr(model, "task"):
         out |= {"task": type(model.task).name, "options": to_dict(model.task)}
@@ -81,6 +83,12 @@ def describe_model(model: Any) -> dict[str, Any]:
     else:
         out |= {"task": None, "backbone": describe_backbone(model)}
     return out
+
+
+def _step(rewrite: Any) -> dict[str, Any]:
+    """A rewrite as plain values."""
+    kind = type(rewrite)
+    return {"rewrite": f"{kind.__module__}:{kind.__qualname__}", "options": to_dict(rewrite)}
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
@@ -172,7 +180,10 @@ def build_backbone(description: dict[str, Any]) -> nn.Module:
             f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot "
             "be rebuilt from the file alone: load_model(path, backbone=YourBackbone(...))."
         )
-    return rebuild(description)
+    made = rebuild(description)
+    for step in description.get("rewrites", []):
+        made = _rewrite(step, "this model")(made, None)
+    return made
 
 
 def load_model(
@@ -212,7 +223,7 @@ def load_model(
     return model.eval()
 
 
-def _rewrite(step: dict[str, Any], file: Path) -> Any:
+def _rewrite(step: dict[str, Any], file: Path | str) -> Any:
     """The rewrite that a description names; only this library's own are looked up."""
     module, _, name = str(step["rewrite"]).partition(":")
     if not module.startswith("lynceus.rewrite."):
