@@ -8,7 +8,14 @@ import pytest
 from lynceus.reengineer import parity
 
 HERE = Path(__file__).parent
-SLOW = {"resnet50", "swin_small_patch4_window7_224", "swin_tiny_patch4_window7_224x448", "vit_small_patch16_224"}
+SLOW = {
+    "resnet50",
+    "swin_small_patch4_window7_224",
+    "swin_tiny_patch4_window7_224x448",
+    "vit_small_patch16_224",
+    "volo_d1_224",
+    "volo_d2_224",
+}
 RECORDS = sorted(p for p in HERE.glob("*/*.json") if json.loads(p.read_text()).get("family") in parity.families())
 
 

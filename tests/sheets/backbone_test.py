@@ -322,6 +322,7 @@ def test_data_config(model):
 # export and compilation -----------------------------------------------------------------------------
 # fewer layers of every kind, for the minutes that tracing takes; the whole nets are traced in the slow tests
 SHALLOW = {
+    "convit_nano": {"depth": 3, "local_layers": 2},
     "convnext_nano": {"depths": (1, 1, 1, 1)},
     "halonet_nano": {"layout": ("c", "aa"), "widths": (64, 128), "hidden": (48, 96), "strides": (1, 2)},
     "hornet_nano": {"depths": (1, 1, 1, 1)},
@@ -332,6 +333,7 @@ SHALLOW = {
     "spartan_nano": {"depths": (1, 1, 1, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
     "vit_nano": {"depth": 3},
+    "volo_nano": {"layers": (1, 1, 1, 1)},
 }
 TRACED = [*SHALLOW, *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in SHALLOW)]
 TRACED += [pytest.param(f"whole {n}", marks=pytest.mark.slow) for n in SHALLOW]
