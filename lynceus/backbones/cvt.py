@@ -168,7 +168,7 @@ class CvT(Backbone):
         super().__init__(config, [Stage(d, s, f"stage{i}") for i, (d, s) in enumerate(zip(dims, strides[1:]))])
         for i in range(len(dims)):
             self.add_module(f"stage{i}", CvTStage(config, i))
-        self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=EPS)
         self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -271,6 +271,7 @@ VARIANTS: dict[str, CvTConfig] = {
         dims=(32, 64, 128),
         heads=(1, 2, 4),
         depths=(1, 2, 4),
+        class_token=(False, False, False),
     ),
     "cvt_13": _sized((1, 2, 10), 224),
     "cvt_21": _sized((1, 4, 16), 224),

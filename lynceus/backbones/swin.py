@@ -30,6 +30,7 @@ from lynceus.layers.fused import linear
 from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
+from lynceus.layers.pieces import in_pieces
 from lynceus.layers.position import resize_position
 from lynceus.layers.window import WindowAttention, WindowMlp
 
@@ -138,12 +139,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=config.proj_drop)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return in_pieces(self, self._all, x, width=self.mlp.fc1.out_features)
+
+    def _all(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         if self.drop_path.active:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        else:
-            x = self.mlp(self.norm2(x), residual=x)
-        return x
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.mlp(self.norm2(x), residual=x)
 
 
 def quads(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b (h+1)//2 (w+1)//2 4*c"]:

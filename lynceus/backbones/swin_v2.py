@@ -21,6 +21,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.layers.drop import DropPath
 from lynceus.layers.fused import linear
 from lynceus.layers.mlp import Mlp
+from lynceus.layers.pieces import in_pieces
 from lynceus.layers.window_cosine import WindowCosineAttention
 
 
@@ -76,6 +77,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return in_pieces(self, self._all, x, width=self.mlp.fc1.out_features)
+
+    def _all(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.norm1(self.attn(x)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
 

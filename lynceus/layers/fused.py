@@ -74,3 +74,10 @@ def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", resi
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
     kind, algorithm = ("gelu", "tanh") if activation == "gelu_tanh" else (activation, "none")
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, kind, [], algorithm)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, for weights that are no module's own."""
+    if fusable(x) and weight.is_cpu and weight.dtype == x.dtype:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+    return F.linear(x, weight, bias)

@@ -7,6 +7,7 @@ the map's size is made on demand from that size, so no mask can be stale and siz
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import pad_map
 from lynceus.layers.fused import fusable, hooked, linear
 from lynceus.layers.mixers import Place
+from lynceus.layers.pieces import PIECE
 
 BLOCKED = -100.0  # added to the logits of pairs that only meet because the map was rolled
 
@@ -103,7 +105,7 @@ def _equal(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(old, new))
 
 
-class Windowed(nn.Module):
+class AnyWindowAttention(nn.Module):
     """Softmax attention inside each window. A kind of attention adds where the bias of relative positions comes from
     (`table`, from the tensors `sources`) and how windows become queries, keys and values (`heads_of`).
     """
@@ -163,26 +165,54 @@ class Windowed(nn.Module):
         return bias
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        b, h, w, c = x.shape
+        b, h, w, _ = x.shape
         rows, columns = grid(h, w, self.window)
-        cells = self.window * self.window
         lean = fusable(x) and not self.training
         x = to_windows(x, self.window, self.shift)
-        count = b * rows * columns
-        q, k, v = self.heads_of(x)
-        bias = self._bias_kept(rows, columns, q.dtype) if lean else self.bias(rows, columns, q.dtype)
-        if self.shift:
-            bias = bias[None].expand(b, -1, -1, -1, -1).reshape(count, self.heads, cells, cells)
-        drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
-        x = x.transpose(1, 2)
-        if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = linear(self.proj, x.reshape(count, cells, c))
+        if lean:
+            x = self._some_at_a_time(x, self._bias_kept(rows, columns, x.dtype), b)
+        else:
+            x = self.attend(x, self._repeated(self.bias(rows, columns, x.dtype), b))
         return from_windows(self.proj_drop(x), (b, h, w), self.window, self.shift)
 
+    def attend(self, x: Float[Tensor, "windows cells c"], bias: Tensor) -> Float[Tensor, "windows cells c"]:
+        """Attention inside windows; bias: (1 or windows, heads, cells, cells), added to the logits."""
+        q, k, v = self.heads_of(x)
+        drop = self.attn_drop if self.training else 0.0
+        # heads that came in float32 although autocast is on stay in it
+        precise = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
+        with torch.autocast(q.device.type, enabled=False) if precise else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q, k, v.to(q.dtype), attn_mask=bias.to(q.dtype), dropout_p=drop, scale=self.scale
+            )
+        y = y.transpose(1, 2)
+        if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
+            y = y.clone(memory_format=torch.contiguous_format)
+        return linear(self.proj, y.reshape(x.shape))
 
-class WindowAttention(Windowed):
+    def _repeated(self, bias: Tensor, batch: int) -> Tensor:
+        """The bias of one image's windows for `batch` images."""
+        if not self.shift:
+            return bias
+        return bias[None].expand(batch, -1, -1, -1, -1).reshape(-1, *bias.shape[1:])
+
+    def _some_at_a_time(self, x: Tensor, bias: Tensor, batch: int) -> Tensor:
+        """`attend` on no more windows at a time than the cache holds."""
+        count, cells, c = x.shape
+        most = max(PIECE * torch.get_num_threads() // (cells * 3 * c * x.element_size()), 1)
+        if count <= 2 * most or hooked(self.qkv, self.proj):
+            return self.attend(x, self._repeated(bias, batch))
+        out = torch.empty_like(x)
+        each = count // batch
+        for start in range(0, count, each):  # image by image, since shifted windows differ inside one only
+            for first in range(0, each, most):
+                last = min(first + most, each)
+                own = bias[first:last] if self.shift else bias
+                out[start + first : start + last] = self.attend(x[start + first : start + last], own)
+        return out
+
+
+class WindowAttention(AnyWindowAttention):
     """Multi-head attention inside each window, with a learned bias for every relative position.
 
     `relative_position_bias_table` is ((2 window - 1)**2, heads); `qkv` packs [3, heads, dim / heads].
