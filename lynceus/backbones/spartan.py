@@ -173,8 +173,8 @@ def _init(module: nn.Module) -> None:
 
 VARIANTS: dict[str, SpaRTANConfig] = {
     "spartan_nano": SpaRTANConfig(
-        depths=(2, 2, 4, 1),
-        dims=(32, 64, 96, 128),
+        depths=(1, 1, 1, 1),
+        dims=(16, 32, 64, 128),
         ratios=(4, 4, 2, 2),
         stem_strides=(2, 1),
         drop_path_rate=0.0,

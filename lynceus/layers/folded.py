@@ -147,8 +147,8 @@ def conv_bn(
 ) -> Float[Tensor, "b o H W"]:
     """relu(bn(conv(x)) + residual), each of the two optional. own: `residual` is nobody else's and may be overwritten.
 
-    relu: nn.ReLU, nn.SiLU or exact nn.GELU, inside the kernel; any other activation takes the plain path. name: the key of this pair
-    in `folds`.
+    relu: nn.ReLU, nn.SiLU or exact nn.GELU, inside the kernel; any other activation takes the plain path.
+    name: the key of this pair in `folds`.
     """
     if fusable(x) and _plain(conv, bn, relu, x):
         entry = folds.get(name, [(conv, bn)], x)  # type: ignore[list-item]

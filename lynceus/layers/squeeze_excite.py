@@ -11,7 +11,7 @@ from lynceus.layers.fused import linear
 class SqueezeExcite(nn.Module):
     """x * sigmoid(fc2(relu(fc1(mean of x over the map)))), a factor per image and channel.
 
-    Hidden width: `hidden`, or `ratio` of the channels, rounded to the nearest multiple of `divisor`, at least one of it.
+    Hidden width: `hidden`, or `ratio` of the channels, rounded to a multiple of `divisor`, at least one of it.
     """
 
     def __init__(self, dim: int, *, ratio: float = 0.25, divisor: int = 8, hidden: int | None = None):

@@ -30,9 +30,7 @@ class TwoFieldMixer(nn.Module):
     def __init__(self, dim: int, *, depthwise: bool = True):
         super().__init__()
         if dim % 8:
-            raise AdviceError(
-                f"The two-field mixer needs a multiple of 8 channels, not {dim}; take {-(-dim // 8) * 8}."
-            )
+            raise AdviceError(f"The two-field mixer takes a multiple of 8 channels, not {dim}; try {-(-dim // 8) * 8}.")
         half = dim // 2
         groups = half if depthwise else 1
         self.gamma = nn.Parameter(torch.full((1, half, 1, 1), 1e-5))
@@ -70,7 +68,7 @@ class WaveMixer(nn.Module):
         self.theta = nn.Linear(dim, wide)
         self.act = nn.GELU()
         self.proj = nn.Linear(dim, wide)
-        self.complex = nn.Parameter(torch.randn(1, 1, 1, wide // 2, 2))
+        self.complex = nn.Parameter(torch.randn(wide // 2, 2))
         self.conv = ConvNormAct(wide, wide, 3, groups=wide if depthwise else dim, norm_eps=EPS, act=nn.GELU())
         self.attn = SqueezeExcite(wide, hidden=dim // 4)
         self.proj_out = nn.Linear(wide, dim)
@@ -84,7 +82,7 @@ class WaveMixer(nn.Module):
         return torch.addcmul(peak, amplitude, phase)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        f = rotated(self.aggregate(x), self.complex.view(-1, 2))
+        f = rotated(self.aggregate(x), self.complex)
         f = self.conv(f.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return linear(self.proj_out, self.attn(f))
 

@@ -330,7 +330,7 @@ SHALLOW = {
     "hyena_vit_nano": {"depth": 2},
     "resnet_nano": {"depths": (1, 2, 1, 1)},
     "soft_nano": {"depths": (1, 1, 1, 1), "newton_iterations": 5},
-    "spartan_nano": {"depths": (1, 1, 1, 1)},
+    "spartan_nano": {"depths": (1, 0, 0, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
     "vit_nano": {"depth": 3},
     "volo_nano": {"layers": (1, 1, 1, 1)},

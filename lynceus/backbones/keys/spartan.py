@@ -6,10 +6,11 @@ from lynceus.core.rules import Rule
 
 SOURCES: dict[str, tuple[Rule, ...]] = {
     "authors": (  # 1x1 convolutions there are products here
+        Rule(pattern=r"(^|\.)complex$", name=r"\1complex", transform=lambda t: t.reshape(-1, 2)),
         Rule(pattern=r"attn\.squeeze\.", name="attn.fc1."),
         Rule(pattern=r"attn\.expand\.", name="attn.fc2."),
         Rule(
-            pattern=r"((?:^|\.)(?:proj_in|proj_out|theta|proj|fc1|fc2)\.weight)$",
+            pattern=r"((?:^|\.)(?:proj(?:_in|_out)?|theta|fc1|fc2)\.weight)$",
             name=r"\1",
             transform="conv_to_linear",
         ),
