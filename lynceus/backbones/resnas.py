@@ -121,11 +121,13 @@ class ConvEmbed(nn.Module):
 class Reduction(nn.Module):
     """Half the grid, more channels: a convolution of the normed patches and a linear map of the normed extra tokens,
     both beside a shortcut: the un-normed patches pooled 2x2, the un-normed tokens, channels filled up with zeros.
+
+    grid: of the patches after it, for which its position table is made. extra: tokens in front of the patches.
     """
 
-    def __init__(self, dim: int, out: int, grid: tuple[int, int], *, eps: float, skip: bool = True):
+    def __init__(self, dim: int, out: int, grid: tuple[int, int], *, extra: int, eps: float, skip: bool = True):
         super().__init__()
-        self.grid, self.skip = grid, skip
+        self.grid, self.extra, self.skip = grid, extra, skip
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.patch_reduce = nn.Conv2d(dim, out, 3, 2, 1)
         self.token_transform = nn.Linear(dim, out)
@@ -137,8 +139,7 @@ class Reduction(nn.Module):
         return self.reduce(x, self.norm(x), size)
 
     def reduce(self, x: Float[Tensor, "b n c"], normed: Float[Tensor, "b n c"], size: tuple[int, int]) -> Tensor:
-        h, w = size
-        extra = x.shape[1] - h * w
+        extra = self.extra
         patches = self.patch_reduce(_map(normed, extra, size))
         new = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)
@@ -152,7 +153,10 @@ class Reduction(nn.Module):
 
 
 def _map(x: Tensor, extra: int, size: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-    return x[:, extra:].unflatten(1, size).permute(0, 3, 1, 2)
+    x = x[:, extra:].unflatten(1, size).permute(0, 3, 1, 2)
+    if torch.compiler.is_exporting():  # a view's strides would tie the free sizes to each other
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def _halved(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
@@ -160,12 +164,9 @@ def _halved(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
     h, w = x.shape[-2:]
     if not torch.compiler.is_compiling() and h % 2 == 0 and w % 2 == 0:
         return F.avg_pool2d(x, 2)
-    rows, columns = (h + 1) // 2, (w + 1) // 2
-    x = F.pad(x, (0, 2 * columns - w, 0, 2 * rows - h))
-    there = [torch.full((n,), 2.0, dtype=x.dtype, device=x.device) for n in (rows, columns)]
-    for count, cells, side in ((there[0], rows, h), (there[1], columns, w)):
-        count -= (torch.arange(cells, device=x.device) == cells - 1) * (2 * cells - side)
-    return F.avg_pool2d(x, 2) * (4 / (there[0][:, None] * there[1]))
+    pads = (0, (w + 1) // 2 * 2 - w, 0, (h + 1) // 2 * 2 - h)
+    there = F.pad(x.new_ones(1, 1, h, w), pads)
+    return F.avg_pool2d(F.pad(x, pads), 2) / F.avg_pool2d(there, 2)
 
 
 class ResNAS(Backbone):
@@ -207,7 +208,7 @@ class ResNAS(Backbone):
         for i, stage in enumerate(plan.stages):
             if i > 0:
                 before = plan.stages[i - 1].width
-                parts.append(Reduction(before, stage.width, c.grid(i), eps=c.norm_eps, skip=c.skip))
+                parts.append(Reduction(before, stage.width, c.grid(i), extra=self.prefix, eps=c.norm_eps, skip=c.skip))
             parts += [self._block(stage.width, block, next(rates)) for block in stage.blocks]
         self.blocks = nn.ModuleList(parts)
         self.norm = nn.LayerNorm(self.num_features, eps=c.norm_eps)
@@ -330,6 +331,7 @@ class ResNAS(Backbone):
 
     def keep_levels(self, count: int, *, norm: bool) -> None:
         """Cuts the blocks after level `count` - 1."""
+        norm = norm or count < len(self.stages)  # it fits the last stage only
         self.blocks = self.blocks[: self.ends[count - 1] + 1]
         self.stages, self.ends = self.stages[:count], self.ends[:count]
         self.plan = replace(self.plan, stages=self.plan.stages[:count])
