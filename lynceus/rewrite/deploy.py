@@ -102,8 +102,8 @@ class Deployed(nn.Module):
 
     `model` holds the weights, in the original's dtype; what runs is made from them at the first call, and again when
     they changed. Where gradients are asked for (of the image, or of a parameter that was unfrozen), inside
-    torch.compile and torch.export, and on another device, it is the plain model that runs. Other names are the plain
-    model's.
+    torch.compile and torch.export, in float64 and on another device, it is the plain model that runs. Other names are the
+    plain model's.
     """
 
     def __init__(self, model: nn.Module, config: Deploy, report: Report | None = None):
@@ -145,14 +145,17 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> Any:
         first = next(self.model.parameters(), None)
-        foreign = first is not None and (image.device != first.device)
+        foreign = image.dtype == torch.float64 or (first is not None and image.device != first.device)
         wanted = torch.is_grad_enabled() and (image.requires_grad or any(p.requires_grad for p in self.parameters()))
         if wanted or foreign or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self.model(image)
         threads = (self.rewrite.threads or (torch.get_num_threads(),))[0]
         with with_threads(threads), torch.no_grad():
-            run = self._run(self.way, image) or self._run(self.rewrite.fallback, image) or self.model
-            return run(image)
+            for way in (self.way, self.rewrite.fallback):
+                run = self._run(way, image)
+                if run is not None:
+                    return run(image)
+            return self.model(image)
 
     def _run(self, way: str, image: Tensor) -> Run | None:
         """The way, made for the weights as they are; None when it is made for another shape, or cannot be made."""
@@ -214,7 +217,7 @@ class _Trial:
             best = self._fastest()
             for count in counts:
                 if count != first:
-                    self._try(best["way"], count)
+                    self._try(best["way"], count, faster_than=best["speed"])
                 bar.advance(way=f"{best['way']}, {count} threads")
         best = self._fastest()
         best["verdict"] = "fastest"
@@ -229,17 +232,19 @@ class _Trial:
         tried = (1, self.current // 2, self.current * 2, cores)
         return sorted({n for n in tried if 1 <= n <= cores})
 
-    def _try(self, name: str, threads: int) -> None:
-        """Builds, compares and times one way; whatever goes wrong becomes its reason."""
+    def _try(self, name: str, threads: int, *, faster_than: float = 0.0) -> None:
+        """Builds, times and compares one way; whatever goes wrong becomes its reason. What is no faster than
+        `faster_than` is not compared."""
         begun = time.perf_counter()
         try:
             with with_threads(threads), torch.no_grad():
                 run = self.plain if name == "plain" else build(name, self.model, self.example)
                 run(self.example)
                 built = time.perf_counter() - begun
-                found = self._compare(name, run)
-                found |= self._time(run, threads)
+                found: dict[str, Any] = self._time(run, threads)
                 found["memory_mb"] = peak_memory(run, self.example)
+                slow = found["speed"] <= faster_than
+                found |= {"verdict": "slower"} if slow else self._compare(name, run)
         except Exception as error:
             self._row(name, threads, verdict=f"failed: {_short(error)}", build_s=time.perf_counter() - begun)
             return
@@ -264,7 +269,7 @@ class _Trial:
                 spread = float(w.double().std()) if w.numel() > 1 else float(w.double().abs().max())
                 gap = (g.double() - w.double()).abs().flatten(1 if w.ndim > 1 else 0) / max(spread, 1e-12)
                 gaps.append(gap.reshape(len(image), -1).amax(1) if w.ndim and len(w) == len(image) else gap.max())
-                worst = max(worst, float(torch.nan_to_num(gap, nan=math.inf).max()))
+                worst = max(worst, float(torch.nan_to_num(gap.detach(), nan=math.inf).max()))
             if wanted[0].ndim >= 2 and wanted[0].shape[1] > 1:
                 agree = given[0].argmax(1) == wanted[0].argmax(1)
                 same, positions = same + int(agree.sum()), positions + agree.numel()

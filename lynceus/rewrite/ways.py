@@ -118,7 +118,7 @@ def _followed(model: nn.Module, example: Tensor, first: Any, second: Any) -> lis
     """Pairs of modules that run once each, the second on the very tensor that the first gave, as one run shows.
 
     That nothing else reads this tensor is not seen here: the outputs are compared afterwards."""
-    made: dict[int, tuple[str, Tensor]] = {}
+    made: dict[int, tuple[str, Tensor, int]] = {}
     pairs: dict[str, str] = {}
     calls: dict[str, int] = {}
 
@@ -126,9 +126,11 @@ def _followed(model: nn.Module, example: Tensor, first: Any, second: Any) -> lis
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
             if isinstance(module, second) and args and id(args[0]) in made:
-                pairs[made[id(args[0])][0]] = name
+                before, _, version = made[id(args[0])]
+                if args[0]._version == version:  # nothing was added in place meanwhile
+                    pairs[before] = name
             if isinstance(module, first) and isinstance(out, Tensor):
-                made[id(out)] = (name, out)  # the tensor is kept, so that its id stays its own
+                made[id(out)] = (name, out, out._version)  # it is kept, so that its id stays its own
 
         return hook
 
