@@ -298,7 +298,7 @@ def fuse(model: LSNet) -> LSNet:
     made = LSNet(replace(model.config, fused=True))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        for name, part in model.named_modules():
+        for name, part in reversed(list(model.named_modules())):  # a sum of branches after the branches themselves
             if isinstance(part, (ConvNorm, DepthwiseBranches)):
                 state = {k: v for k, v in state.items() if not k.startswith(f"{name}.")}
                 state |= {f"{name}.{k}": v for k, v in part.folded_state().items()}
