@@ -102,8 +102,8 @@ class Deployed(nn.Module):
 
     `model` holds the weights, in the original's dtype; what runs is made from them at the first call, and again when
     they changed. Where gradients are asked for (of the image, or of a parameter that was unfrozen), inside
-    torch.compile and torch.export, in float64 and on another device, it is the plain model that runs. Other names are the
-    plain model's.
+    torch.compile and torch.export, in float64 and on another device, it is the plain model that runs. Other names are
+    the plain model's.
     """
 
     def __init__(self, model: nn.Module, config: Deploy, report: Report | None = None):
