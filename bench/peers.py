@@ -166,8 +166,9 @@ def step_of(model: nn.Module, image: Tensor, label: Tensor) -> Callable[[], None
 
 # memory ---------------------------------------------------------------------------------------------
 def peak_memory(peer: Peer, which: int, *, train: bool, batch: int, size: int, threads: int) -> float:
-    """MB that two runs of one of the two nets (0 ours, 1 the peer) need above the loaded model: the highest resident
-    size of a fresh child process while they run, less its size before. Linux only."""
+    """MB that one of the two nets (0 ours, 1 the peer) and two of its runs need: its weights, and the highest resident
+    size of a fresh child process while they run less its size before, so that kept tables and repacked weights count.
+    Linux only."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_memory, args=(send, peer, which, train, batch, size, threads))
@@ -201,7 +202,8 @@ def _memory(send: Any, peer: Peer, which: int, train: bool, batch: int, size: in
         before = _status("VmRSS")
         for _ in range(2):
             run()
-        send.send((_status("VmHWM") - before) / 1e3)
+        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        send.send((_status("VmHWM") - before) / 1e3 + weights / 1e6)
     except Exception as error:
         send.send(f"{type(error).__name__}: {str(error)[:200]}")
 
