@@ -95,7 +95,9 @@ def test_details_weigh_what_the_card_measured():
         plain = mixer.forward
         mixer.forward = lambda q, scale=1.0: (
             scale
-            * mixer.post_norm(joined(mixer.dw(mixer.pre_norm(q)[..., :56]), mixer.circular(mixer.pre_norm(q)[..., 56:])))
+            * mixer.post_norm(
+                joined(mixer.dw(mixer.pre_norm(q)[..., :56]), mixer.circular(mixer.pre_norm(q)[..., 56:]))
+            )
         )
         assert relative(gated(x), y) > 0.1  # halves behind each other instead of interleaved
         mixer.forward = plain
