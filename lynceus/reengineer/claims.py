@@ -87,4 +87,51 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "Masks and bias indices are built on demand instead of stored; such buffers in a checkpoint are ignored.",
         ],
     },
+    "hornet": {
+        "paper": "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions, NeurIPS 2022, "
+        "arXiv 2207.14284",
+        "code": "raoyongming/HorNet@ac9e21058935",
+        "licence": "MIT",
+        "counts": {
+            "hornet_tiny_7x7": (22_409_512, 3.977),
+            "hornet_tiny_gf": (22_991_848, 3.897),
+            "hornet_small_7x7": (49_528_264, 8.826),
+            "hornet_small_gf": (50_401_768, 8.707),
+            "hornet_base_7x7": (87_256_680, 15.584),
+            "hornet_base_gf": (88_421_352, 15.424),
+            "hornet_large_7x7": (194_542_504, 34.821),
+            "hornet_large_gf": (196_289_512, 34.582),
+            "hornet_large_gf_img384": (201_806_824, 101.626),
+        },
+        "macs_note": "claimed multiply-adds include norms and leave out the Fourier transforms; ours the other way round",
+        "metrics": {
+            "hornet_tiny_7x7": 82.8,
+            "hornet_tiny_gf": 83.0,
+            "hornet_small_7x7": 83.8,
+            "hornet_small_gf": 84.0,
+            "hornet_base_7x7": 84.2,
+            "hornet_base_gf": 84.3,
+        },
+        "metrics_note": "the repository's table",
+        "deviations": [
+            "Maps are channels-last inside, 1x1 convolutions are products, and the gates' factor is taken on the kernel.",
+            "The global filter keeps float64 and runs as real matrix products where a compiler or exporter looks.",
+            "The extra-level convolutions of the detection pyramid, which cannot run in the authors' code, are left out.",
+        ],
+    },
+    "spartan": {
+        "paper": "SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visual Recognition, IJCNN 2025, "
+        "arXiv 2507.10999",
+        "code": "henry-pay/SpaRTAN@1715a4308cba",
+        "licence": "Apache-2.0",
+        "counts": {"spartan_tiny": (3_820_296, 1.069)},
+        "macs_note": "claimed multiply-adds are at 256 pixels and count norms (5 per number of a group norm, 2 of a batch "
+        "norm) and means, 2.3% of all; ours count products and convolutions alone",
+        "metrics": {"spartan_tiny": 77.7},
+        "metrics_note": "the paper's abstract",
+        "deviations": [
+            "Maps are channels-last inside and 1x1 convolutions are products; the rotation keeps float64.",
+            "A map too small for the next 2x2 convolution is zero-padded to it.",
+        ],
+    },
 }
