@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -127,6 +128,8 @@ class Stem(nn.Module):
         self.stride = strides[0] * (strides[-1] if len(strides) > 1 else 1) * (1 if c.stem_pool == "none" else 2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d H W"]:
+        if x.is_cpu and not torch.compiler.is_compiling():
+            x = x.contiguous(memory_format=torch.channels_last)  # all that follows keeps it
         for name in self.convs:
             x = self.get_submodule(name)(x)
         return self.pool(x)
@@ -233,6 +236,7 @@ class HaloNet(Backbone):
         self.head_hidden_size = c.final_width or inside
         self.head = nn.Linear(self.head_hidden_size, c.num_classes) if c.num_classes else nn.Identity()
         self.init_weights()
+        self._sites = self._find_sites()
 
     def init_weights(self) -> None:
         """Convolutions Kaiming normal (fan out), projections of the attention by fan-in, classifier normal of 0.01."""
@@ -291,7 +295,11 @@ class HaloNet(Backbone):
         )
 
     def mixer_sites(self) -> list[MixerSite]:
-        """The attentions that keep the size and the width of their map."""
+        """The attentions that keep the size and the width of their map, whatever stands there now."""
+        left = {name for name, _ in self.blocks()}
+        return [site for site in self._sites if site.path.rpartition(".")[0] in left]
+
+    def _find_sites(self) -> list[MixerSite]:
         sites, every = [], list(self.blocks())
         strides = {s.name: s.stride for s in self.stages}
         for index, (name, block) in enumerate(every):

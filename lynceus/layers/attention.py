@@ -80,6 +80,8 @@ class Attention(nn.Module):
 class MapAttention(Attention):
     """The same among all cells of a map b h w c."""
 
+    orderless = True
+
     def forward(  # type: ignore[override]
         self, x: Float[Tensor, "b h w c"], residual: Tensor | None = None
     ) -> Float[Tensor, "b h w c"]:

@@ -88,8 +88,8 @@ def mixer_config(name: str, options: Mapping[str, Any] | None = None) -> MixerCo
 class OnTokens(nn.Module):
     """A map mixer where a block carries tokens: called as mixer(x, (h, w)) with the map's tokens and `extra` more.
 
-    The map is mixed alone; the other tokens get its mean. A mixer that takes sequences of any tokens says so by a
-    method `mix_tokens`, and is then given all of them.
+    The map is mixed alone; the other tokens get its mean. Mixers of sequences have a method `mix_tokens` (b n c). They
+    are given all tokens where those stand in the middle, and everywhere if they say `orderless`, as attention does.
     """
 
     def __init__(self, mixer: nn.Module, *, extra: int = 0, where: Literal["prefix", "middle"] = "prefix"):
@@ -99,7 +99,7 @@ class OnTokens(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], size: tuple[int, int]) -> Float[Tensor, "b n c"]:
         mix_tokens = getattr(self.mixer, "mix_tokens", None)
-        if mix_tokens is not None:
+        if mix_tokens is not None and (self.where == "middle" or getattr(self.mixer, "orderless", False)):
             mixed: Tensor = mix_tokens(x)
             return mixed
         (h, w), e = size, self.extra

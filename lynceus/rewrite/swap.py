@@ -32,7 +32,7 @@ class Swap:
     mixer: a name of `MIXERS`. options: of its configuration.
     blocks: which of the exchangeable mixers, counted from 0 in the order of the network: "all", "first half" (0 to
     count // 2), "last half" (those after them), "even", "odd", or their numbers (negative ones from the end).
-    window_size: mix inside windows of this side, moved by half of it in every second block; None mixes whole maps.
+    window: mix inside windows of this side, moved by half of it in every second block; None mixes whole maps.
     keep: parameters that the old mixer has under the same name, in the same shape, go into the new one.
     seed: of the fresh weights.
     """
@@ -40,7 +40,7 @@ class Swap:
     mixer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     blocks: Blocks | tuple[int, ...] = "all"
-    window_size: int | None = None
+    window: int | None = None
     keep: bool = False
     seed: int = 0
 
@@ -51,8 +51,8 @@ class Swap:
                 raise unknown("choice of blocks", self.blocks, NAMED, how="Or give their numbers.")
         else:
             object.__setattr__(self, "blocks", tuple(int(i) for i in self.blocks))
-        if self.window_size is not None and self.window_size < 1:
-            raise AdviceError(f"window_size is at least 1, or None for whole maps, not {self.window_size}.")
+        if self.window is not None and self.window < 1:
+            raise AdviceError(f"window is at least 1, or None for whole maps, not {self.window}.")
 
     def __call__(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         """A copy of `model` (a Backbone, or what holds one in `.backbone`) with the mixers exchanged, in eval mode.
@@ -67,10 +67,10 @@ class Swap:
             for i in self.chosen(sites):
                 site, place = sites[i], sites[i].place
                 old, like = inner.get_submodule(site.path), next(inner.parameters())
-                if self.window_size is None:
+                if self.window is None:
                     fresh = config.build(place)
                 else:
-                    fresh = windowed(config, place, self.window_size)
+                    fresh = windowed(config, place, self.window)
                 fresh = fresh.to(device=like.device, dtype=like.dtype)
                 if self.keep:
                     take_over(fresh, old)
