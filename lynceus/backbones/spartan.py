@@ -174,7 +174,7 @@ def _init(module: nn.Module) -> None:
 VARIANTS: dict[str, SpaRTANConfig] = {
     "spartan_nano": SpaRTANConfig(
         depths=(1, 1, 1, 1),
-        dims=(16, 32, 64, 128),
+        dims=(32, 64, 64, 160),
         ratios=(4, 4, 2, 2),
         stem_strides=(2, 1),
         drop_path_rate=0.0,

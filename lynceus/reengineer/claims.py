@@ -103,7 +103,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "hornet_large_gf": (196_289_512, 34.582),
             "hornet_large_gf_img384": (201_806_824, 101.626),
         },
-        "macs_note": "claimed multiply-adds include norms and leave out the Fourier transforms; ours the other way round",
+        "macs_note": "claimed multiply-adds include norms and leave out the Fourier transforms; ours reverse it",
         "metrics": {
             "hornet_tiny_7x7": 82.8,
             "hornet_tiny_gf": 83.0,
@@ -114,9 +114,9 @@ CLAIMS: dict[str, dict[str, Any]] = {
         },
         "metrics_note": "the repository's table",
         "deviations": [
-            "Maps are channels-last inside, 1x1 convolutions are products, and the gates' factor is taken on the kernel.",
+            "Maps are channels-last inside, 1x1 convolutions are products, the gates' factor is taken on the kernel.",
             "The global filter keeps float64 and runs as real matrix products where a compiler or exporter looks.",
-            "The extra-level convolutions of the detection pyramid, which cannot run in the authors' code, are left out.",
+            "Extra-level convolutions of the detection pyramid, which cannot run in the authors' code, are left out.",
         ],
     },
     "spartan": {
@@ -125,8 +125,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "code": "henry-pay/SpaRTAN@1715a4308cba",
         "licence": "Apache-2.0",
         "counts": {"spartan_tiny": (3_820_296, 1.069)},
-        "macs_note": "claimed multiply-adds are at 256 pixels and count norms (5 per number of a group norm, 2 of a batch "
-        "norm) and means, 2.3% of all; ours count products and convolutions alone",
+        "macs_note": "claimed multiply-adds are at 256 pixels and count norms (5 per number of a group norm, 2 of a "
+        "batch norm) and means, 2.3% of all; ours count products and convolutions alone",
         "metrics": {"spartan_tiny": 77.7},
         "metrics_note": "the paper's abstract",
         "deviations": [
