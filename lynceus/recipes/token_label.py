@@ -78,7 +78,7 @@ def token_label_loss(
 
 # label maps ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def annotate(annotator: nn.Module, image: Float[Tensor, "b c h w"], *, count: int = 5) -> Float[Tensor, "b 2 m h w"]:
+def annotate(annotator: nn.Module, image: Float[Tensor, "b c h w"], *, count: int = 5) -> Float[Tensor, "b 2 m H W"]:
     """Label maps of images: the classifier of `annotator` (a lynceus backbone in eval mode, image normalised for it) at
     every place of its last map; the `count` largest logits and their classes, as half precision."""
     net: Any = annotator
@@ -149,8 +149,9 @@ def token_targets(
         each = torch.where(mirrored[:, None, None, None], each.flip(-1), each)
         soft = torch.cat([soft[:, :, :1], each.flatten(2)], 2)
     off = smoothing / num_classes
-    one_hot = F.one_hot(true, num_classes).to(soft.dtype).unsqueeze(2)
-    return torch.cat([one_hot, soft], 2) * (1 - smoothing) + off
+    one_hot = F.one_hot(true, num_classes).to(soft.dtype).unsqueeze(2) * (1 - smoothing) + off
+    # the authors' on and off values, which give soft labels a sum of 1 + off
+    return torch.cat([one_hot, soft * (1 - smoothing + off) + off], 2)
 
 
 def save_label_maps(path: str | Path, maps: Mapping[str, Tensor]) -> Path:
