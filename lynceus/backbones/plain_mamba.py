@@ -102,8 +102,7 @@ class Stem(nn.Module):
 
     def __init__(self, config: PlainMambaConfig):
         super().__init__()
-        half = config.patch_size // 2
-        self.half = half
+        half = self.reach = config.patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(config.in_chans, WIDTH, 7, 2, 3, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
         )
@@ -123,7 +122,7 @@ class Stem(nn.Module):
         x = image
         for i in range(0, len(layers), 3):
             x = conv_bn(x, layers[i], layers[i + 1], folds=self.folds, name=str(i), relu=layers[i + 2])
-        return self.projection(pad_image(x, self.half)).permute(0, 2, 3, 1)
+        return self.projection(pad_image(x, self.reach)).permute(0, 2, 3, 1)
 
     def train(self, mode: bool = True) -> Stem:
         """As nn.Module's; frozen, it stays in eval mode and takes no gradients."""
@@ -207,7 +206,7 @@ class PlainMamba(Backbone):
             nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         self.train()
 
-    def embed(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w d"]:
+    def embed(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b H W d"]:
         """The map that enters the first layer."""
         x = self.patch_embed(image)
         if self.pos_embed is not None:
@@ -253,7 +252,7 @@ class PlainMamba(Backbone):
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
         return [m.permute(0, 3, 1, 2) for m in self.run(image, self.levels, stop=True)[1]]
 
-    def forward_features(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c hi wi"]:
+    def forward_features(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d hi wi"]:
         """The last map after the final norm."""
         return self.run(image, ())[0].permute(0, 3, 1, 2)
 

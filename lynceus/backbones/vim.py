@@ -136,6 +136,11 @@ class Block(nn.Module):
 class Vim(Backbone):
     """Vim. Maps are the patches' part of mixer output plus residual after the blocks of `levels`, before the norm."""
 
+    cls_token: nn.Parameter
+    cls_token_head: nn.Parameter
+    cls_token_tail: nn.Parameter
+    antialias_positions = False
+
     def __init__(self, config: VimConfig):
         c = config
         self.levels = tuple(sorted(spread(c.depth, paired=c.paired) if c.levels is None else c.levels))
@@ -170,7 +175,7 @@ class Vim(Backbone):
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("out_proj.weight"):
                 with torch.no_grad():
-                    p /= len(self.layers) ** 0.5
+                    p.div_(len(self.layers) ** 0.5)
             elif name.endswith(("in_proj.bias", "out_proj.bias", "head.bias")):
                 nn.init.zeros_(p)
 
@@ -220,7 +225,7 @@ class Vim(Backbone):
         assert table is not None
         if not torch.compiler.is_exporting() and size == old:
             return table
-        grid = resize_position(self.patches(table, old), old, size)
+        grid = resize_position(self.patches(table, old), old, size, antialias=False)
         where = self.config.class_token
         if where == "none":
             return grid

@@ -31,6 +31,13 @@ class CausalConv(nn.Conv1d):
 
     def forward(self, x: Float[Tensor, "b n d"], *, reverse: bool = False) -> Float[Tensor, "b n d"]:
         k, n = self.kernel_size[0], x.shape[1]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            weights = self.weight[:, 0].t()
+            padded = F.pad(x, (0, 0, 0, k - 1) if reverse else (0, 0, k - 1, 0))
+            y = padded[:, :n] * weights[k - 1 if reverse else 0]
+            for i in range(1, k):
+                y = torch.addcmul(y, padded[:, i : i + n], weights[k - 1 - i if reverse else i])
+            return y if self.bias is None else y + self.bias
         kernel = (self.weight.flip(-1) if reverse else self.weight)[:, :, None]
         # as a map of one row in channels-last memory, which is what the tokens are already
         y = F.conv2d(x.transpose(1, 2)[:, :, None], kernel, self.bias, padding=(0, k - 1), groups=self.groups)
@@ -79,6 +86,12 @@ class Mamba(nn.Module):
     start of a factor per channel behind it, None for none. step_init: "random" or "constant" weights of dt_proj, with
     step_least, step_largest, step_floor and step_scale as in `init_steps`.
     """
+
+    conv1d: CausalConv
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    D: nn.Parameter
+    D_b: nn.Parameter
 
     def __init__(
         self,
@@ -140,8 +153,8 @@ class Mamba(nn.Module):
             branch = self._branch(x)
             y = self._both(branch, branch)
         else:
-            u, delta, b, c = (_first(v)[:, None] for v in self._branch(x))
-            y, _ = scan(u, delta, _negative(self.A_log), b[..., None], c[..., None])
+            u, delta, b, c = (_first(v)[:, None].contiguous() for v in self._branch(x))
+            y, _ = scan(u, F.softplus(delta), _negative(self.A_log), b[..., None], c[..., None])
             y = y[:, 0].transpose(0, 1) + u[:, 0].transpose(0, 1) * self.D
         gate = F.silu(z)
         if self.direction == "v2" and self.halve:
@@ -152,18 +165,18 @@ class Mamba(nn.Module):
     def _branch(
         self, x: Float[Tensor, "b n d"], end: str = "", *, reverse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (b, n, d), its steps (b, n, d), B and C (b, n, s), in the order of the tokens; at least in float32."""
+        """u and its steps before the softplus (b, n, d), B and C (b, n, s), in the tokens' order; at least in float32."""
         u = F.silu(getattr(self, f"conv1d{end}")(x, reverse=reverse))
         small = linear(getattr(self, f"x_proj{end}"), u)
         steps, b, c = small.split([self.rank, self.states, self.states], dim=-1)
-        delta = F.softplus(_wide(linear(getattr(self, f"dt_proj{end}"), steps)))
-        return _wide(u), delta, _wide(b), _wide(c)
+        delta = linear(getattr(self, f"dt_proj{end}"), steps)
+        return _wide(u), _wide(delta), _wide(b), _wide(c)
 
     def _both(self, ahead: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> Float[Tensor, "b n d"]:
         """The sum of a scan forward and one backward, as one scan of two sequences."""
         u, delta, b, c = (torch.stack((_first(f), _first(r.flip(1))), 1) for f, r in zip(ahead, back))
         a = torch.cat((_negative(self.A_log), _negative(self.A_b_log)))
-        y, _ = scan(u, delta, a, b[..., None], c[..., None])
+        y, _ = scan(u, F.softplus(delta), a, b[..., None], c[..., None])
         y = (y[:, 0] + y[:, 1].flip(0)).transpose(0, 1)
         if self.direction == "v1":
             return y + ahead[0] * (2 * self.D)

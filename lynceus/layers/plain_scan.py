@@ -98,7 +98,7 @@ class PlainMamba2d(nn.Module):
         steps, b, c = small.split([self.rank, self.states, self.states], dim=-1)
         delta = linear(self.dt_proj, steps)
         kind = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        u, delta, b, c = (v.to(kind).transpose(0, 1)[:, None] for v in (x, delta, b, c))  # tokens first
+        u, delta, b, c = (v.to(kind).transpose(0, 1)[:, None].contiguous() for v in (x, delta, b, c))  # tokens first
         if self.double_bias:
             delta = delta + self.dt_proj.bias.to(kind)
         path = sweeps(height, width, self.order, device=x.device)

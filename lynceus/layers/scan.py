@@ -147,7 +147,7 @@ def scan(
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             return _opaque(u, delta, A, B, C, state, chunks)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (u, delta, A, B, C, state)):
-            return _Chunked.apply(u, delta, A, B, C, state, chunks)  # type: ignore[no-any-return]
+            return _Chunked.apply(u, delta, A, B, C, state, chunks)
         return _run(u, delta, A, B, C, state, chunks, keep=False)[:2]
 
 
@@ -166,6 +166,7 @@ def _operator(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: 
     from torch._higher_order_ops.scan import scan as scan_operator
 
     constant = [x[0] if x.shape[-1] > 1 else None for x in (B, C)]
+    A = A.contiguous()  # the state must keep its layout from step to step
 
     def step(h: Tensor, now: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         u, delta, *moving = now
@@ -247,16 +248,17 @@ def _decays(delta: Tensor, A: Tensor, u: Tensor) -> Tensor:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u, delta, A, B, C, state, chunks):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, u, delta, A, B, C, state, chunks):
         y, last, starts = _run(u, delta, A, B, C, state, chunks, keep=True)
         ctx.save_for_backward(u, delta, A, B, C, starts)
         ctx.chunks = chunks
         return y, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy, dlast):  # type: ignore[no-untyped-def]
-        return *_run_back(*ctx.saved_tensors, dy, dlast, ctx.chunks), None
+    @once_differentiable
+    def backward(ctx: Any, dy, dlast):
+        u, delta, A, B, C, starts = ctx.saved_tensors
+        return *_run_back(u, delta, A, B, C, starts, dy, dlast, ctx.chunks), None
 
 
 # for compilers and counters the route is one operator, which they need not look into
@@ -268,7 +270,7 @@ def _scan_op(
 
 
 @_scan_op.register_fake
-def _(u, delta, A, B, C, state, chunks):  # type: ignore[no-untyped-def]
+def _(u, delta, A, B, C, state, chunks):
     t, s, b, d = u.shape
     n = A.shape[1]
     part = -(-t // chunks)
@@ -292,11 +294,13 @@ def _scan_backward_op(
     dlast: Tensor,
     chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.contiguous() for x in _run_back(u, delta, A, B, C, starts, dy, dlast, chunks))  # type: ignore[return-value]
+    found = _run_back(u, delta, A, B, C, starts, dy, dlast, chunks)
+    du, ddelta, dA, dB, dC, dstate = (x.contiguous() for x in found)
+    return du, ddelta, dA, dB, dC, dstate
 
 
 @_scan_backward_op.register_fake
-def _(u, delta, A, B, C, starts, dy, dlast, chunks):  # type: ignore[no-untyped-def]
+def _(u, delta, A, B, C, starts, dy, dlast, chunks):
     plain = torch.contiguous_format
     return tuple(torch.empty_like(x, memory_format=plain) for x in (u, delta, A, B, C, dlast))
 

@@ -73,7 +73,7 @@ class Scan(nn.Module):
     """The operator, as a model without parameters."""
 
     def forward(self, inputs: Mapping[str, Tensor], *, softplus: bool) -> dict[str, Tensor]:
-        given = dict(inputs)
+        given: dict[str, Any] = dict(inputs)
         a = -given.pop("A_log").exp() if "A_log" in given else given.pop("A")
         y, last = selective_scan(
             given.pop("u"),
