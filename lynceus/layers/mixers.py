@@ -29,6 +29,8 @@ MIXERS: dict[str, str] = {
     "window_cosine": "lynceus.layers.window_cosine:WindowCosineMixer",
     "depthwise": "lynceus.layers.depthwise:DepthwiseMixer",
     "gated_conv": "lynceus.layers.gated_conv:GatedConvMixer",
+    "large_small": "lynceus.layers.large_small:LargeSmallMixer",
+    "offset_attention": "lynceus.layers.offset_attention:OffsetAttentionMixer",
     "halo": "lynceus.layers.halo:HaloMixer",
     "global_filter": "lynceus.layers.global_filter:GlobalFilterMixer",
     "two_field": "lynceus.layers.wave:TwoFieldConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lynceus.backbones.keys.resnas import SOURCES as SOURCES
 from lynceus.backbones.resnas import ResNAS, ResNASConfig
 from lynceus.backbones.resnas_definition import parse
+from lynceus.backbones.resnas_supernet import Space, SuperNet, kept
 from lynceus.core.errors import unknown
 
 _NAMES = {
@@ -41,7 +43,7 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
             raise unknown("ViT-Res constructor argument", name, {*_NAMES, *_OTHER})
     items = config["network_def"]
     fields["definition"] = parse(items).text()
-    fields["num_classes"] = (parse_items(items))[-1][2]
+    fields["num_classes"] = (ast.literal_eval(items) if isinstance(items, str) else items)[-1][2]
     fields["position_drop"] = fields["proj_drop"] = config.get("drop_rate", 0.0)
     state = (record or {}).get("state") or {}
     fields["patch_size"] = patch = fields.get("patch_size", 14)
@@ -55,23 +57,23 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
         fields.setdefault("distilled", True)  # the authors' default
     side = 224 if side is None else side
     fields["image_size"] = (side, side) if isinstance(side, int) else tuple(side)
-    return ResNAS(ResNASConfig(**fields))
-
-
-def parse_items(items: Any) -> Any:
-    """The authors' tuples, whether they come as such or as text."""
-    import ast
-
-    return ast.literal_eval(items) if isinstance(items, str) else items
+    made = ResNASConfig(**fields)
+    if config.get("num_channels_to_keep") is None:
+        return ResNAS(made)
+    return SuperNet(Space.of(parse(items), config["num_channels_to_keep"]), made)
 
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """stage1..: all tokens at the end of each stage; features: normed tokens in front; logits; patch_logits.
+    """stage1..: all tokens at the end of each stage; features: normed class token; logits; patch_logits.
 
-    Distilled: `logits` is the class token's where the record has the other's too, else the mean of both.
+    The super-network: the logits with every mask fixed to `sub_network_def`, if the record has one. Distilled: `logits`
+    is the class token's where the record has the other's too, else the mean of both.
     """
     assert isinstance(model, ResNAS)
     with torch.no_grad():
+        if isinstance(model, SuperNet) and "sub_network_def" in record["config"]:
+            image, chosen = inputs["image"], parse(record["config"]["sub_network_def"])
+            return {"logits": model(image, kept(model.space, [chosen], image.shape[0]))}
         last, found = model.run(inputs["image"], range(len(model.stages)))
         tokens = model.norm(last)
         out = {f"stage{i + 1}": x for i, (x, _) in enumerate(found)}
