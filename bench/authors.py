@@ -6,6 +6,7 @@ builds the net, and one line in AUTHORS; where the folder is missing, the compar
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -89,5 +90,195 @@ def _importing(*folders: Path, stand_ins: Mapping[str, Mapping[str, Any]]) -> It
                 sys.modules[name] = modules[name]
 
 
+# the loaders ----------------------------------------------------------------------------------------
+def hyena_deit(folder: Path, *, depth: int = 12, dim: int = 192, heads: int = 3, **layer: Any) -> nn.Module:
+    """timm's DeiT body without a class token, mean of the normed tokens, with the authors' layer for its attention."""
+    import contextlib
+    import io
+
+    from timm.models.vision_transformer import VisionTransformer
+
+    code = imported(folder, "pytorch-image-models/timm/models/layers/hyena2d.py")
+    body = VisionTransformer(
+        embed_dim=dim, depth=depth, num_heads=heads, class_token=False, global_pool="avg", fc_norm=False
+    )
+    for i, block in enumerate(body.blocks):
+        mode = "seq" if i % 2 == 0 else "standard"
+        with contextlib.redirect_stdout(io.StringIO()):
+            made = code.HyenaOperator2d(dim, 14, hyena2d_filter=True, directional_mode=mode, **layer)
+        for part in made.modules():  # positions and rates are no weights
+            part._non_persistent_buffers_set.update(part._buffers)
+        block.attn = made
+    return body
+
+
+def vim(folder: Path, *, dim: int = 192, depth: int = 24, **options: Any) -> nn.Module:
+    """The authors' Vim, whose CUDA kernels are replaced by their own reference functions in plain PyTorch."""
+    import timm.layers
+    import torch
+    import torch.nn.functional as F
+
+    def causal_conv(x: Any, weight: Any, bias: Any, activation: str) -> Any:
+        y = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=x.shape[1])
+        return F.silu(y[..., : x.shape[-1]])
+
+    empty: dict[str, Any] = {}
+    scans = imported(
+        folder / "mamba-1p1p1",
+        "mamba_ssm/ops/selective_scan_interface.py",
+        stand_ins={
+            "causal_conv1d": {"causal_conv1d_fn": causal_conv},
+            "causal_conv1d_cuda": empty,
+            "selective_scan_cuda": empty,
+        },
+    )
+    scans.selective_scan_fn = scans.selective_scan_ref
+
+    def without_projection(xz: Any, *rest: Any, **named: Any) -> Any:
+        identity = torch.eye(xz.shape[1] // 2, dtype=xz.dtype)
+        *before, a, b, c, d = rest
+        out = scans.mamba_inner_ref(xz, *before, identity, None, a, b, c, d, **named)
+        return out.transpose(1, 2)
+
+    kernels = {
+        "selective_scan_fn": scans.selective_scan_ref,
+        "mamba_inner_fn": scans.mamba_inner_ref,
+        "bimamba_inner_fn": scans.bimamba_inner_ref,
+        "mamba_inner_fn_no_out_proj": without_projection,
+    }
+    packages = {"causal_conv1d": {"causal_conv1d_fn": None, "causal_conv1d_update": None}, "mamba_ssm": empty}
+    packages |= {"mamba_ssm.ops": empty, "mamba_ssm.ops.selective_scan_interface": kernels}
+    mixer = imported(
+        folder / "mamba-1p1p1",
+        "mamba_ssm/modules/mamba_simple.py",
+        stand_ins={
+            **packages,
+            "mamba_ssm.ops.triton": empty,
+            "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": None},
+            "mamba_ssm.ops.triton.layer_norm": {"RMSNorm": None, "layer_norm_fn": None, "rms_norm_fn": None},
+        },
+    )
+    utilities = {"load_config_hf": None, "load_state_dict_hf": None}
+    net = imported(
+        folder / "vim",
+        "models_mamba.py",
+        stand_ins={
+            "timm.models.registry": {"register_model": lambda f: f},
+            "timm.models.layers": vars(timm.layers),
+            "timm.models.vision_transformer": {"VisionTransformer": None, "_cfg": dict, "_load_weights": None},
+            "mamba_ssm": empty,
+            "mamba_ssm.modules": empty,
+            "mamba_ssm.modules.mamba_simple": {"Mamba": mixer.Mamba},
+            "mamba_ssm.utils": empty,
+            "mamba_ssm.utils.generation": {"GenerationMixin": object},
+            "mamba_ssm.utils.hf": utilities,
+            "mamba_ssm.ops": empty,
+            "mamba_ssm.ops.triton": empty,
+            "mamba_ssm.ops.triton.layer_norm": {
+                "RMSNorm": nn.RMSNorm,
+                "layer_norm_fn": None,
+                "rms_norm_fn": None,
+            },
+        },
+    )
+    options = {"fused_add_norm": False, "residual_in_fp32": False, "final_pool_type": "mean", **options}
+    made: nn.Module = net.VisionMamba(embed_dim=dim, depth=depth, **options)
+    return made
+
+
+def plain_mamba(folder: Path, *, num_classes: int = 1000, reference: Any = None, **options: Any) -> nn.Module:
+    """The authors' PlainMamba with a linear classifier on the mean token. Its scan is mamba_ssm's reference function,
+    from a checkout of hustvl/Vim, whose copy is the same."""
+    import torch
+    import torch.nn.functional as F
+    from timm.layers import DropPath, trunc_normal_
+
+    if reference is None:
+        file = "mamba-1p1p1/mamba_ssm/ops/selective_scan_interface.py"
+        empty: dict[str, Any] = {}
+        stand_ins = {name: empty for name in ("causal_conv1d_cuda", "selective_scan_cuda")}
+        stand_ins["causal_conv1d"] = {"causal_conv1d_fn": None}
+        reference = imported(folder_of("hustvl/Vim"), file, stand_ins=stand_ins).selective_scan_ref
+
+    class Corner(nn.Module):  # mmcv's padding of the right and lower edge
+        def __init__(self, kernel_size: Any, stride: Any, dilation: Any, padding: str):
+            super().__init__()
+            self.stride = stride
+
+        def get_pad_shape(self, size: Any) -> tuple[int, int]:
+            return -size[0] % self.stride[0], -size[1] % self.stride[1]
+
+        def forward(self, x: Any) -> Any:
+            high, wide = self.get_pad_shape(x.shape[-2:])
+            return F.pad(x, (0, wide, 0, high))
+
+    def resize(table: Any, old: Any, new: Any, mode: str = "bicubic", num_extra_tokens: int = 0) -> Any:
+        if tuple(old) == tuple(new):
+            return table
+        image = table.reshape(1, *old, -1).permute(0, 3, 1, 2)
+        return F.interpolate(image, size=new, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
+
+    def norm_layer(cfg: Any, channels: int, postfix: Any = "") -> Any:
+        return f"ln{postfix}", nn.LayerNorm(channels, eps=cfg.get("eps", 1e-5))
+
+    class Module(nn.Module):  # mmcv's base class, without its initialisers
+        def __init__(self, init_cfg: Any = None):
+            super().__init__()
+
+    class Registry:
+        def register_module(self) -> Any:
+            return lambda cls: cls
+
+    def pair_of(value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    base: dict[str, dict[str, Any]] = {
+        name: {}
+        for name in (
+            "mmcv", "mmcv.cnn.utils", "mmcv.runner", "mmcv.cnn.bricks", "mmcls", "mmcls.models",
+            "mmcls.models.backbones", "mmcls.plain_mamba_dev", "mmcls.plain_mamba_dev.models",
+            "mmcls.plain_mamba_dev.models.modules", "mmcls.plain_mamba_dev.models.plain_mamba", "mamba_ssm",
+            "mamba_ssm.ops", "mamba_ssm.ops.triton",
+        )
+    }  # fmt: skip
+    base |= {
+        "mmcv.cnn": {"build_norm_layer": norm_layer, "build_conv_layer": None},
+        "mmcv.cnn.utils.weight_init": {"trunc_normal_": trunc_normal_},
+        "mmcv.cnn.bricks.transformer": {
+            "build_dropout": lambda cfg: DropPath(cfg["drop_prob"]),
+            "AdaptivePadding": Corner,
+        },
+        "mmcv.runner.base_module": {"ModuleList": nn.ModuleList, "BaseModule": Module},
+        "mmcv.utils": {"to_2tuple": pair_of},
+        "mmcls.models.builder": {"BACKBONES": Registry()},
+        "mmcls.models.utils": {"resize_pos_embed": resize, "to_2tuple": pair_of},
+        "mmcls.models.backbones.base_backbone": {"BaseBackbone": Module},
+        "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": reference},
+        "mamba_ssm.ops.triton.layernorm": {"RMSNorm": functools.partial(nn.RMSNorm, eps=1e-5)},
+    }
+    root = "mmcls/plain_mamba_dev/models"
+    embed = imported(folder, f"{root}/modules/patch_embed.py", stand_ins=base)
+    layer = imported(folder, f"{root}/plain_mamba/plain_mamba_layer.py", stand_ins=base)
+    base["mmcls.plain_mamba_dev.models.modules.patch_embed"] = {"ConvPatchEmbed": embed.ConvPatchEmbed}
+    base["mmcls.plain_mamba_dev.models.plain_mamba.plain_mamba_layer"] = {"PlainMambaLayer": layer.PlainMambaLayer}
+    code = imported(folder, f"{root}/plain_mamba/plain_mamba.py", stand_ins=base)
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = code.PlainMamba(**{"arch": "L1", **options})
+            self.head = nn.ModuleDict({"fc": nn.Linear(self.backbone.embed_dims, num_classes)})
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head["fc"](self.backbone(image)[0].mean(1))
+            return out
+
+    return Classifier()
+
+
 # name -> repository and loader, a line per net
-AUTHORS: dict[str, Authored] = {}
+AUTHORS: dict[str, Authored] = {
+    "hyena_deit": Authored("Itamarzimm/HyenaND", hyena_deit),
+    "vim": Authored("hustvl/Vim", vim),
+    "plain_mamba": Authored("ChenhongyiYang/PlainMamba", plain_mamba),
+}
