@@ -196,7 +196,7 @@ def plain_mamba(folder: Path, *, num_classes: int = 1000, reference: Any = None,
     if reference is None:
         file = "mamba-1p1p1/mamba_ssm/ops/selective_scan_interface.py"
         empty: dict[str, Any] = {}
-        stand_ins = {name: empty for name in ("causal_conv1d_cuda", "selective_scan_cuda")}
+        stand_ins = dict.fromkeys(("causal_conv1d_cuda", "selective_scan_cuda"), empty)
         stand_ins["causal_conv1d"] = {"causal_conv1d_fn": None}
         reference = imported(folder_of("hustvl/Vim"), file, stand_ins=stand_ins).selective_scan_ref
 
