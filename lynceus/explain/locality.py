@@ -44,8 +44,9 @@ def locality(model: nn.Module, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "
     training = net.training
     try:
         x = as_float(image)
-        if hasattr(model, "prepared"):
-            x = model.prepared(x)
+        prepared: Any = getattr(model, "prepared", None)
+        if prepared is not None:
+            x = prepared(x)
         elif hasattr(net, "mean"):
             x = Normalise(net.mean, net.std).to(x.device)(x)
         sizes = [(int(m.shape[-2]), int(m.shape[-1])) for m in net.eval().forward_stages(x)]
