@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ PEERS: tuple[Peer, ...] = (
     Peer("swin_tiny_patch4_window7_224", "timm:swin_tiny_patch4_window7_224"),
     Peer("vit_small_patch16_224", "timm:vit_small_patch16_224"),
     Peer("resnet50", "timm:resnet50"),
+    Peer("hyena_vit_tiny", "authors:hyena_deit"),
+    Peer("convit_tiny", "timm:convit_tiny"),
+    Peer("volo_d1", "timm:volo_d1_224"),
+    Peer("halonet_h1", "timm:halonet_h1"),
+    Peer("swinv2_tiny_window8_256", "timm:swinv2_tiny_window8_256", size=256),
     Peer("vit_base_patch16_224", "timm:vit_base_patch16_224", goal=False),
     Peer("resnet18", "timm:resnet18", goal=False),
     Peer("resnet50", "torchvision:resnet50", goal=False),
@@ -124,8 +129,8 @@ def slope(rows: Sequence[Row], whose: str) -> float:
 def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Geometric means of the ratios: of every case over all, and family by family."""
     out = []
-    for case in dict.fromkeys((r.what, r.dtype, r.batch, r.size) for r in rows):
-        mine = [r for r in rows if (r.what, r.dtype, r.batch, r.size) == case and r.counts]
+    for case in dict.fromkeys(kind(r) for r in rows):
+        mine = [r for r in rows if kind(r) == case and r.counts]
         for family in ("all", *dict.fromkeys(r.family for r in mine)):
             ratios = [r.ratio for r in mine if family in ("all", r.family)]
             if ratios:
@@ -133,6 +138,11 @@ def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 mean = statistics.geometric_mean(ratios)
                 out.append({**head, "family": family, "count": len(ratios), "mean": mean, "lowest": min(ratios)})
     return out
+
+
+def kind(row: Row) -> tuple[str, str, int, int]:
+    """What rows must share to be averaged; the size only where it is what is looked at."""
+    return row.what, row.dtype, row.batch, row.size if row.what == "growth" else 0
 
 
 def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Peer]:
@@ -196,9 +206,11 @@ def main() -> None:
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, timm {timm.__version__}")
     print(f"{'model':34}{'peer':38}{'ours':>10}{'theirs':>10} {'':2}{'ratio':>8}{'diff/std':>10}")
     with tempfile.TemporaryDirectory() as workdir:
-        for case in cases(args):
-            print(f"-- {case}")
+        for asked in cases(args):
+            print(f"-- {asked}")
             for peer in table:
+                own = peer.size is not None and asked.what != "growth"
+                case = replace(asked, size=peer.size) if own else asked
                 try:
                     if case.what.startswith("memory"):
                         row = weighed(peer, case, args.threads)
@@ -210,7 +222,8 @@ def main() -> None:
                 rows.append(row)
     found = means(rows)
     for m in found:
-        what = f"{m['what']}, {m['dtype']}, batch {m['batch']}, {m['size']} px"
+        px = f", {m['size']} px" if m["size"] else ""
+        what = f"{m['what']}, {m['dtype']}, batch {m['batch']}{px}"
         print(f"{what:44}{m['family']:14}geometric mean of {m['count']:2}: {m['mean']:.3f}, lowest {m['lowest']:.3f}")
     growth = []
     for peer in table if args.growth else ():

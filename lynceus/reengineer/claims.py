@@ -134,4 +134,45 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "A map too small for the next 2x2 convolution is zero-padded to it.",
         ],
     },
+    "convit": {
+        "paper": "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, ICML 2021, "
+        "arXiv 2103.10697",
+        "code": "facebookresearch/convit@0a9340aaf50d",
+        "licence": "CC BY-NC 4.0",
+        "counts": {
+            "convit_tiny": (5_710_512, None),
+            "convit_small": (27_777_322, None),
+            "convit_base": (86_540_040, None),
+        },
+        "macs_note": "",
+        "metrics": {"convit_tiny": 73.116},
+        "metrics_note": "the repository's table",
+        "deviations": [
+            "Images of any size and shape: the reference takes the square root of the number of patches as its grid.",
+            "Positional attention is the product of one over rows and one over columns, made once per pass; the "
+            "reference keeps a table of all pairs per layer and copies it to every image.",
+            "The last division by the sum of attention, which is 1, is left out where the table is not made.",
+        ],
+    },
+    "volo": {
+        "paper": "VOLO: Vision Outlooker for Visual Recognition, TPAMI 2022, arXiv 2106.13112",
+        "code": "sail-sg/volo@cf35775276a8 (labels: zihangJiang/TokenLabeling@9dbfd59aedec)",
+        "licence": "Apache-2.0",
+        "counts": {
+            "volo_d1": (26_632_040, 6.92),
+            "volo_d2": (58_678_336, 14.3),
+            "volo_d3": (86_325_072, 20.7),
+            "volo_d4": (192_961_520, None),
+            "volo_d5": (295_455_584, None),
+        },
+        "macs_note": "claimed multiply-adds are those that the authors' code counts",
+        "metrics": {"volo_d1": 84.2, "volo_d2": 85.2, "volo_d3": 85.4, "volo_d4": 85.7, "volo_d5": 86.1},
+        "metrics_note": "with token labels, as published",
+        "deviations": [
+            "Images of any size: the reference adds a position table of one size; here it is resized bicubically.",
+            "Stochastic depth in outlook blocks is an option; the reference never passes the rate on.",
+            "Label maps are cropped with explicit (x1, y1, x2, y2); as published the label tools exchange the axes.",
+            "The network gives logits in training too; the pair of logits that token labels need is `token_logits`.",
+        ],
+    },
 }

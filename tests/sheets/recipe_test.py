@@ -10,6 +10,7 @@ from lynceus.core.nouns import Recipe
 from lynceus.core.types import Batch
 from lynceus.data import open_dataset
 from lynceus.recipes.supervised import Supervised, SupervisedConfig
+from lynceus.recipes.token_label import TokenLabel
 from lynceus.tasks.classify import Classify
 from lynceus.train.fit import Interrupted
 
@@ -22,10 +23,19 @@ def supervised(config=None, name="vit_nano"):
     return Supervised(Classify(num_classes=10), create_model(name, drop_path_rate=0.1, **options), config)
 
 
+def token_labels(annotator=False):
+    torch.manual_seed(0)
+    net = create_model("volo_nano", layers=(1, 1, 1, 1), dense=True, num_classes=10)
+    teacher = create_model("resnet_nano", num_classes=10) if annotator else None
+    return TokenLabel(Classify(num_classes=10), net, annotator=teacher)
+
+
 MEMBERS = {
     "supervised": lambda: supervised(),
     "supervised, everything on": lambda: supervised(STRONG),
     "supervised, views": lambda: supervised(SupervisedConfig(view=16, flip=0.5)),
+    "token labels": lambda: token_labels(),
+    "token labels, annotator": lambda: token_labels(annotator=True),
 }
 
 
