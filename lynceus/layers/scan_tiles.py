@@ -198,9 +198,7 @@ def _gradients(
     if delta.shape[1] < through.shape[1]:
         through = through.sum(1, keepdim=True)
     torch.add(inner, through, out=ddelta)
-    if A.shape[0] < q.shape[1]:
-        q, delta = q.transpose(0, 1).flatten(1, 2)[None], delta
-    dA += (q * delta[..., None, :]).sum((0, 2))
+    dA += (q * delta[..., None, :]).sum((0, 2)).sum_to_size(dA.shape)
 
 
 def _over_states(coefficients: Tensor, h: Tensor) -> Tensor:
