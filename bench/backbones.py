@@ -32,6 +32,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("vit_small_patch16_224", "timm:vit_small_patch16_224"),
     Peer("resnet50", "timm:resnet50"),
     Peer("hyena_vit_tiny", "authors:hyena_deit"),
+    Peer("vim_tiny", "authors:vim"),
+    Peer("plain_mamba_l1", "authors:plain_mamba", changes={"out_indices": (23,)}),
     Peer("convit_tiny", "timm:convit_tiny"),
     Peer("volo_d1", "timm:volo_d1_224"),
     Peer("halonet_h1", "timm:halonet_h1"),
