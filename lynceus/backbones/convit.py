@@ -3,7 +3,7 @@
 Paper: d'Ascoli et al., ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, ICML 2021,
 arXiv 2103.10697
 Code: facebookresearch/convit
-Licence: CC BY-NC 4.0 (theirs; nothing of it is here)
+Licence: Apache-2.0 (its file headers speak of CC BY-NC)
 
 The first `local_layers` blocks mix the map of patches by gated positional attention; then the class token joins, and
 plain attention follows. Maps may be of any size and shape.

@@ -138,7 +138,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
         "paper": "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, ICML 2021, "
         "arXiv 2103.10697",
         "code": "facebookresearch/convit@0a9340aaf50d",
-        "licence": "CC BY-NC 4.0",
+        "licence": "Apache-2.0",
         "counts": {
             "convit_tiny": (5_710_512, None),
             "convit_small": (27_777_322, None),
