@@ -88,14 +88,20 @@ class Folds:
     def forget(self) -> None:
         self.entries.clear()
 
-    def get(self, name: str, pairs: Sequence[Pair], x: Tensor, *, identity: bool = False) -> _Entry | None:
-        """Kernel and bias of the sum, from the cache if they still hold; None when the tensors cannot be watched."""
+    def get(
+        self, name: str, pairs: Sequence[Pair], x: Tensor, *, identity: bool = False, rows: int = 0
+    ) -> _Entry | None:
+        """Kernel and bias of the sum, from the cache if they still hold; None when the tensors cannot be watched.
+
+        rows: given, the kernel is that of a linear layer on so many rows.
+        """
         sources = [t for pair in pairs for m in pair for t in (*m._parameters.values(), *m._buffers.values())]
         watched = tuple(t for t in sources if t is not None)
         if any(t.is_inference() for t in watched):
             return None
         stamp = (
             identity,
+            rows > 0,
             *[getattr(bn, "eps", 0.0) for _, bn in pairs],
             *[(t.data_ptr(), t._version) for t in watched],
         )
@@ -103,21 +109,23 @@ class Folds:
         if entry is None or entry.stamp != stamp:
             with torch.inference_mode(False), torch.no_grad():
                 kernel, bias = fold_sum(pairs, identity=identity)
-                conv = pairs[0][0]
-                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's size
-                kernel = reorder(
-                    kernel.contiguous().to_mkldnn(),
-                    list(conv.padding),
-                    list(conv.stride),
-                    list(conv.dilation),
-                    conv.groups,
-                    list(x.shape),
-                )
+                kernel = _reordered(kernel, pairs[0][0], x, rows)
                 entry = _Entry(stamp, tuple(t.detach() for t in watched), kernel, bias)
             self.entries[name] = entry
         return entry
 
 
+def _reordered(kernel: Tensor, conv: nn.Conv2d, x: Tensor, rows: int) -> Tensor:
+    if rows:
+        made: Tensor = torch.ops.mkldnn._reorder_linear_weight(kernel.flatten(1), rows)
+        return made
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's size
+    where = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+    made = reorder(kernel.contiguous().to_mkldnn(), *where, list(x.shape))
+    return made
+
+
+FEW = 4096  # places up to which a 1x1 convolution is called as a linear layer: a third of the cost of the call
 EPILOGUES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.GELU: "gelu"}  # activations that the kernel knows
 
 
@@ -151,7 +159,10 @@ def conv_bn(
     name: the key of this pair in `folds`.
     """
     if fusable(x) and _plain(conv, bn, relu, x):
-        entry = folds.get(name, [(conv, bn)], x)  # type: ignore[list-item]
+        rows = 0 if own else _rows(conv, x)  # type: ignore[arg-type]
+        entry = folds.get(name, [(conv, bn)], x, rows=rows)  # type: ignore[list-item]
+        if entry is not None and rows:
+            return _run_linear(x, entry, relu=relu, residual=residual)
         if entry is not None:
             return _run(x, entry, conv, relu=relu, residual=residual, own=own)  # type: ignore[arg-type]
     y = bn(conv(x))
@@ -170,6 +181,25 @@ def conv_bn_sum(
             return _run(x, entry, pairs[0][0])
     y = sum(bn(conv(x)) for conv, bn in pairs)
     return y + x if identity else y
+
+
+def _rows(conv: nn.Conv2d, x: Tensor) -> int:
+    """Places of a map on which a 1x1 convolution is cheaper called as a linear layer; 0 where it is not."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    pointwise = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+    return count if pointwise and count <= FEW else 0
+
+
+def _run_linear(x: Tensor, entry: _Entry, *, relu: nn.Module | None, residual: Tensor | None) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    after = "none" if relu is None else EPILOGUES[type(relu)]
+    run = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        y = run(x, entry.kernel, entry.bias, after, [], "none" if after == "gelu" else "")
+    else:
+        y = run.binary(x, residual.permute(0, 2, 3, 1), entry.kernel, entry.bias, "add")
+        y = y if relu is None else relu(y)
+    return y.permute(0, 3, 1, 2)
 
 
 def _run(
