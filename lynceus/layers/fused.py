@@ -81,3 +81,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if fusable(x) and weight.is_cpu and weight.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
     return F.linear(x, weight, bias)
+
+
+def autocasting(x: Tensor) -> bool:
+    """True when operations on the device of `x` choose their own precision; False where there is no such thing."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

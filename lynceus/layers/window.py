@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import pad_map
-from lynceus.layers.fused import fusable, hooked, linear
+from lynceus.layers.fused import autocasting, fusable, hooked, linear
 from lynceus.layers.mixers import Place
 from lynceus.layers.pieces import PIECE
 
@@ -180,7 +180,7 @@ class AnyWindowAttention(nn.Module):
         q, k, v = self.heads_of(x)
         drop = self.attn_drop if self.training else 0.0
         # heads that came in float32 although autocast is on stay in it
-        precise = q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
+        precise = q.dtype == torch.float32 and autocasting(q)
         with torch.autocast(q.device.type, enabled=False) if precise else nullcontext():
             y = F.scaled_dot_product_attention(
                 q, k, v.to(q.dtype), attn_mask=bias.to(q.dtype), dropout_p=drop, scale=self.scale

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lynceus.layers.fused import affine, fusable, hooked
+from lynceus.layers.fused import affine, autocasting, fusable, hooked
 from lynceus.layers.mixers import Place
 from lynceus.layers.window import AnyWindowAttention, window_of
 
@@ -102,7 +102,7 @@ class WindowCosineAttention(AnyWindowAttention):
         wide = torch.promote_types(q.dtype, torch.float32)
         q = F.normalize(q.to(wide), dim=-1, eps=TINY) * scale[:, None].to(wide)
         k = F.normalize(k.to(wide), dim=-1, eps=TINY)
-        if torch.is_autocast_enabled(x.device.type):  # the cosines stay in float32
+        if autocasting(x):  # the cosines stay in float32
             return q, k, v
         return q.to(v.dtype), k.to(v.dtype), v
 
