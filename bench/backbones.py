@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from bench.peers import Absent, Peer, forward_of, interleaved, median_ratio, pair, peak_memory, step_of
+from lynceus.core.errors import AdviceError
+from lynceus.layers.halo import HaloOptions
 
 # one line per comparison; goal=False: not in the geometric means, run by --all
 PEERS: tuple[Peer, ...] = (
@@ -36,8 +38,14 @@ PEERS: tuple[Peer, ...] = (
     Peer("plain_mamba_l1", "authors:plain_mamba", changes={"out_indices": (23,)}),
     Peer("convit_tiny", "timm:convit_tiny"),
     Peer("volo_d1", "timm:volo_d1_224"),
-    Peer("halonet_h1", "timm:halonet_h1"),
+    Peer("halonet26t", "timm:halonet26t", size=256),
+    Peer("halonet50ts", "timm:halonet50ts", size=256),
+    Peer("sehalonet33ts", "timm:sehalonet33ts", size=256),
+    Peer("soft_tiny", "authors:soft_tiny"),
+    Peer("soft_norm_tiny", "authors:soft_norm_tiny"),
     Peer("swinv2_tiny_window8_256", "timm:swinv2_tiny_window8_256", size=256),
+    Peer("halonet_h1", "timm:halonet_h1", size=256, changes={"attention": (HaloOptions(heads=8),)}, goal=False),
+    Peer("eca_halonext26ts", "timm:eca_halonext26ts", size=256, goal=False),
     Peer("vit_base_patch16_224", "timm:vit_base_patch16_224", goal=False),
     Peer("resnet18", "timm:resnet18", goal=False),
     Peer("resnet50", "torchvision:resnet50", goal=False),
@@ -211,8 +219,7 @@ def main() -> None:
         for asked in cases(args):
             print(f"-- {asked}")
             for peer in table:
-                own = peer.size is not None and asked.what != "growth"
-                case = replace(asked, size=peer.size) if own else asked
+                case = asked if asked.what == "growth" else replace(asked, size=peer.size or asked.size)
                 try:
                     if case.what.startswith("memory"):
                         row = weighed(peer, case, args.threads)
@@ -220,6 +227,8 @@ def main() -> None:
                         row = timed(peer, case, seconds=args.seconds, cpu=args.cpu_time, workdir=workdir)
                 except Absent as error:
                     row = blank(peer, case, note=f"skipped: {error}")
+                except AdviceError as error:
+                    row = blank(peer, case, note=f"failed: {str(error).splitlines()[0]}")
                 show(row)
                 rows.append(row)
     found = means(rows)

@@ -49,7 +49,8 @@ def fit(ours: Any, theirs: Any, image: Tensor, label: Tensor, batch: int) -> flo
     mean, scale = vectors[:half].mean(0), vectors[:half].std(0) + 1e-6
     a = F.pad((vectors[:half] - mean) / scale, (0, 1), value=1.0).double()
     target = 2.0 * F.one_hot(label[:half], 10).double() - 1
-    weight = torch.linalg.solve(a.T @ a + 10.0 * torch.eye(a.shape[1]), a.T @ target).float()
+    # as much ridge as pictures: less would let the head live on what rounding changes
+    weight = torch.linalg.solve(a.T @ a + half * torch.eye(a.shape[1]), a.T @ target).float()
     for model in (ours, theirs):
         if model is None:
             continue
@@ -87,7 +88,7 @@ def measure(name: str, args: argparse.Namespace, workdir: str) -> dict[str, Any]
     a, b = fast(example), forward_of(theirs, example)()
     difference = float((a - b).abs().max() / b.std()) if shared is not None else float("nan")
     runs = {"ours": forward_of(fast, example), "peer": forward_of(theirs, example)}
-    times = interleaved(runs, args.compare)
+    times = interleaved(runs, args.compare, clock=time.process_time if args.cpu_time else time.perf_counter)
     ours_ms, peer_ms = (1e3 * statistics.median(times[k]) for k in ("ours", "peer"))
     return {
         "model": name,
@@ -126,8 +127,11 @@ def main() -> None:
     parser.add_argument("--compare", type=float, default=20.0, help="seconds of timing beside timm")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--deploy-threads", type=int, nargs="*", help="thread counts to try; default: --threads")
+    parser.add_argument("--cpu-time", action="store_true", help="beside timm, count CPU time; one thread only")
     parser.add_argument("--out", help="JSON file for the figures")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time is fair on one thread only: add --threads 1")
     torch.set_num_threads(args.threads)
     args.ways = tuple(args.ways) if args.ways else None
     amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

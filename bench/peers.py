@@ -28,6 +28,7 @@ class Peer:
     configuration) or "authors:NAME" (of bench/authors.py).
 
     goal: whether it counts in the geometric means. changes: of our configuration. options: of the peer's constructor.
+    size: of the pictures instead of --size, for networks that are made for another.
     """
 
     ours: str
@@ -35,6 +36,7 @@ class Peer:
     goal: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
 
     @property
     def family(self) -> str:
