@@ -74,6 +74,8 @@ OURS: dict[Any, Formula] = {
     aten.mv: _vector,
     aten.addmv: lambda args, kwargs, out: 2 * args[1].numel(),
     aten.dot: lambda args, kwargs, out: 2 * args[0].numel(),
+    aten.addcmul: lambda args, kwargs, out: 2 * out.numel(),
+    aten.addcmul_: lambda args, kwargs, out: 2 * out.numel(),
     aten.linear: lambda args, kwargs, out: 2 * out.numel() * args[1].shape[-1],
 }
 

@@ -175,4 +175,44 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "The network gives logits in training too; the pair of logits that token labels need is `token_logits`.",
         ],
     },
+    "lsnet": {
+        "paper": "LSNet: See Large, Focus Small, CVPR 2025, arXiv 2503.23135",
+        "code": "jameslahm/lsnet@cbe737c92b7c",
+        "licence": "MIT",
+        "counts": {
+            "lsnet_t": (11_409_832, 0.3193),
+            "lsnet_s": (16_146_304, 0.5434),
+            "lsnet_b": (23_313_608, 1.2586),
+        },
+        "macs_note": "claimed multiply-adds are the authors' counter's, which takes a batch norm for two and a group "
+        "norm for five per number; ours count products alone and are 1.1% lower, and equal in that convention",
+        "metrics": {"lsnet_t": 74.9, "lsnet_s": 77.8, "lsnet_b": 80.3},
+        "metrics_note": "without distillation; with it 76.1, 79.0, 81.6",
+        "deviations": [
+            "Images of any size: the bias table is resized to the map as the authors' loader would resize it.",
+            "The bias is made from the table at use: the reference keeps a copy from when it entered eval mode, which "
+            "weights loaded later do not change.",
+            "The aggregation runs on any device, tap by tap; the reference has a GPU kernel alone.",
+        ],
+    },
+    "resnas": {
+        "paper": "Searching for Efficient Multi-Stage Vision Transformers, 2021, arXiv 2109.00642",
+        "code": "yilunliao/vit-search@303e7c30638e",
+        "licence": "non-commercial; no code of it is used",
+        "counts": {
+            "vit_res_tiny": (42_012_736, 1.7944),
+            "resnas_tiny": (40_793_552, 1.7826),
+            "resnas_small": (63_724_108, 2.8455),
+            "resnas_medium": (96_442_672, 4.5131),
+        },
+        "macs_note": "claimed multiply-adds are those of the authors' counter, without the patch head",
+        "metrics": {},
+        "metrics_note": "",
+        "deviations": [
+            "Images of any size: padded to whole patches, an odd last row or column is halved alone; the reference "
+            "takes squares of multiples of 56.",
+            "In evaluation a distilled model gives the mean of its two heads; the reference gives both.",
+            "Which networks of the super-network a batch runs is an argument, not a state of its layers.",
+        ],
+    },
 }
