@@ -2,7 +2,8 @@
 
     python -m bench.gauntlet --data train.parquet --photos imagenet-sample --out runs/bench-gauntlet
 
-Two courses, each resumable (kill it, start it again with the same --out):
+Three courses, each resumable (kill it, start it again with the same --out):
+  families: the nano of every family from scratch on 20,000 pictures, each with the same processor time (--seconds);
   scratch: four nano backbones at an equal budget on 10,000 pictures, with crop selection on each trained network;
   frozen: random ResNet-18, random ViT-Tiny, a small ResNet trained on classes 0-4 and on all, HOG, colour histogram,
   raw pixels; probes, few-shot, light shifts, class retrieval, copy detection, fine-tuning; then the card's sanity.
@@ -19,6 +20,7 @@ from pathlib import Path
 import lynceus.data
 from bench._data import CIFAR10 as IMAGES
 from bench._data import PHOTOS
+from lynceus.backbones import FAMILIES
 from lynceus.gauntlet.entries import enter, train_subject
 from lynceus.gauntlet.run import CIFAR10, GauntletConfig, gauntlet
 
@@ -30,19 +32,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=IMAGES)
     parser.add_argument("--photos", type=Path, default=PHOTOS)
-    parser.add_argument("--course", choices=("scratch", "frozen", "both"), default="both")
+    parser.add_argument("--course", choices=("families", "scratch", "frozen", "both"), default="both")
     parser.add_argument("--models", nargs="+", default=["convnext_nano", "resnet_nano", "swin_nano", "vit_nano"])
     parser.add_argument("--steps", type=int, default=CIFAR10.steps)
+    parser.add_argument("--seconds", type=float, default=240.0, help="processor time of each in the course of families")
     parser.add_argument("--seeds", type=int, default=3, help="of the frozen course")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-gauntlet"))
     options = parser.parse_args()
     found = {}
-    if options.course != "frozen":
+    if options.course == "families":
+        found["families"] = families(options)
+    if options.course in ("scratch", "both"):
         found["scratch"] = scratch(options)
-    if options.course != "scratch":
+    if options.course in ("frozen", "both"):
         found["frozen"] = frozen(options)
     (options.out / "figures.json").write_text(json.dumps(found, indent=1))
+
+
+def families(options: argparse.Namespace) -> dict[str, object]:
+    """Every family's nano from scratch at an equal budget of processor time."""
+    config = GauntletConfig(
+        seconds=options.seconds, limit=20_000, augment="small", seeds=(0,), jobs=options.jobs,
+        stations=("accuracy", "cost"),
+    )  # fmt: skip
+    names = [f"{family}_nano" for family in FAMILIES]
+    report = gauntlet(names, lynceus.data.open(options.data), config=config, out=options.out / "families")
+    print(report.table())
+    return {"answer": report.answer, "rows": report.rows, "notes": report.notes}
 
 
 def scratch(options: argparse.Namespace) -> dict[str, object]:
