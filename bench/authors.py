@@ -52,16 +52,20 @@ def author_model(name: str, **options: Any) -> nn.Module:
         raise Absent(f"the code of {authored.repository} needs something that is not here: {error}") from None
 
 
-def imported(folder: Path, file: str, *, stand_ins: Mapping[str, Mapping[str, Any]] | None = None) -> ModuleType:
+def imported(
+    folder: Path, file: str, *, stand_ins: Mapping[str, Mapping[str, Any]] | None = None, relative: bool = False
+) -> ModuleType:
     """The module in `folder/file`, with `folder` on the import path meanwhile.
 
     stand_ins: module name -> attributes, for imports that the net itself does not use (a logger, a registry).
+    relative: the module imports its neighbours relatively.
     """
     path = folder / file
     if not path.is_file():
         raise Absent(f"{path.name} is not in the checkout {folder.name}")
     name = "_peer_" + "_".join(path.relative_to(folder).with_suffix("").parts)
-    spec = importlib.util.spec_from_file_location(name, path)
+    places = [str(path.parent)] if relative else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=places)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -276,8 +280,92 @@ def plain_mamba(folder: Path, *, num_classes: int = 1000, reference: Any = None,
     return Classifier()
 
 
+def soft(folder: Path, *, name: str = "soft_tiny") -> nn.Module:
+    """fudan-zvg/SOFT with its torch kernel; its demands for CUDA, and a misspelt class name, are edited in memory."""
+    edits = {
+        ".cuda()": "",
+        " and mat.is_cuda": "",
+        "if input_mat.is_cuda": "if True",
+        "assert grad_output.is_cuda": "pass",
+        "with torch.cuda.device_of(mat)": "if True",
+        "grad_mat, None, None, None, None": "grad_mat, None",
+        "super(SoftmaxFreeSymNormAttentionKernel": "super(SoftmaxFreeNormAttentionKernel",
+        "from timm.models.layers": "from timm.layers",
+        "from timm.models.registry import register_model": "register_model = lambda f: f",
+    }
+
+    def read(file: str, **stand_ins: Mapping[str, Any]) -> ModuleType:
+        text = (folder / file).read_text(encoding="utf-8")
+        for old, new in edits.items():
+            text = text.replace(old, new)
+        module = ModuleType(f"_peer_soft_{Path(file).stem}")
+        with _importing(folder, stand_ins={k.replace("__", "."): v for k, v in stand_ins.items()}):
+            exec(compile(text.replace("from .softmax", "from softmax"), file, "exec"), vars(module))
+        return module
+
+    inverse = read("SOFT/kernel/inverse.py")
+    kernels: dict[str, Mapping[str, Any]] = {
+        "SOFT": {},
+        "SOFT__kernel": {},
+        "SOFT__kernel__subtraction": {"subtraction_gaussian_kernel": None},
+        "SOFT__kernel__inverse": vars(inverse),
+    }
+    blocks = read("models/softmax_free_transformer.py", **kernels)
+    net = read("models/softmax_free_vision_transformer.py", cv2={}, softmax_free_transformer=vars(blocks))
+    made: nn.Module = getattr(net, name)(kernel_method="torch")
+    return made
+
+
 # name -> repository and loader, a line per net
+
+
+def cvt(folder: Path, **options: Any) -> nn.Module:
+    """CvT-13, or with `depth` another of its width."""
+    import collections.abc
+
+    import timm.layers
+
+    code = imported(
+        folder,
+        "lib/models/cls_cvt.py",
+        stand_ins={"torch._six": {"container_abcs": collections.abc}, "timm.models.layers": vars(timm.layers)},
+        relative=True,
+    )
+    stages = 3
+    spec = {
+        "NUM_STAGES": stages,
+        "PATCH_SIZE": [7, 3, 3],
+        "PATCH_STRIDE": [4, 2, 2],
+        "PATCH_PADDING": [2, 1, 1],
+        "DIM_EMBED": [64, 192, 384],
+        "NUM_HEADS": [1, 3, 6],
+        "DEPTH": [1, 2, 10],
+        "MLP_RATIO": [4.0] * stages,
+        "ATTN_DROP_RATE": [0.0] * stages,
+        "DROP_RATE": [0.0] * stages,
+        "DROP_PATH_RATE": [0.0] * stages,
+        "QKV_BIAS": [True] * stages,
+        "CLS_TOKEN": [False, False, True],
+        "POS_EMBED": [False] * stages,
+        "QKV_PROJ_METHOD": ["dw_bn"] * stages,
+        "KERNEL_QKV": [3] * stages,
+        "PADDING_KV": [1] * stages,
+        "STRIDE_KV": [2] * stages,
+        "PADDING_Q": [1] * stages,
+        "STRIDE_Q": [1] * stages,
+    }
+    made: nn.Module = code.ConvolutionalVisionTransformer(
+        act_layer=code.QuickGELU,
+        norm_layer=functools.partial(code.LayerNorm, eps=1e-5),
+        spec={**spec, **{k.upper(): v for k, v in options.items()}},
+    )
+    return made
+
+
 AUTHORS: dict[str, Authored] = {
+    "cvt": Authored("leoxiaobin/CvT", cvt),
+    "soft_tiny": Authored("fudan-zvg/SOFT", soft),
+    "soft_norm_tiny": Authored("fudan-zvg/SOFT", functools.partial(soft, name="soft_norm_tiny")),
     "hyena_deit": Authored("Itamarzimm/HyenaND", hyena_deit),
     "vim": Authored("hustvl/Vim", vim),
     "plain_mamba": Authored("ChenhongyiYang/PlainMamba", plain_mamba),
