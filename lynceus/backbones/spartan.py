@@ -25,6 +25,7 @@ from lynceus.core.shapes import pad_to
 from lynceus.core.types import Stage
 from lynceus.layers.conv_norm_act import ConvNormAct
 from lynceus.layers.drop import DropPath
+from lynceus.layers.fused import fusable, hooked
 from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.wave import TwoFieldMixer, WaveMixer
 
@@ -84,6 +85,9 @@ class Block(nn.Module):
     def _add(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         if self.drop_path.active:
             return x + self.drop_path(scale.view(-1) * y)
+        own = type(self.smixer) is TwoFieldMixer and not hooked(self.smixer, self.cmixer)
+        if own and fusable(x):  # nobody else holds y
+            return torch.addcmul(x, y, scale.view(-1), out=y)
         return torch.addcmul(x, y, scale.view(-1))
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from lynceus.layers.packed import PackedLinear
+
 Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
 _PLAIN: dict[str, object] = {
     "none": lambda x: x,
@@ -61,8 +63,16 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def plain_linear(layer: nn.Module, x: Tensor) -> bool:
-    """True for an ordinary nn.Linear of the dtype of `x`: no adapter, no parametrisation, no quantisation, no hook."""
+    """True for an ordinary nn.Linear of the dtype of `x`: no adapter, no parametrisation, no quantisation, no hook; and
+    for a packed one that leaves the activation to others."""
+    if type(layer) is PackedLinear:
+        return layer.dtype == x.dtype and layer.activation == "none" and not hooked(layer)
     return type(layer) is nn.Linear and layer.weight.dtype == x.dtype and layer.weight.is_cpu and not hooked(layer)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN, for callers that have asked `fusable`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
 
 
 def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.layers.conv_norm_act import ConvNormAct
-from lynceus.layers.fused import linear
+from lynceus.layers.fused import fusable, hooked, linear
 from lynceus.layers.mixers import Place
 from lynceus.layers.squeeze_excite import SqueezeExcite
 
@@ -49,7 +49,12 @@ class TwoFieldMixer(nn.Module):
         u = torch.lerp(u, u.mean((1, 2), keepdim=True), -self.gamma.view(-1).to(u.dtype))
         u = u.permute(0, 3, 1, 2)
         high, low = self.h_conv(u).permute(0, 2, 3, 1), self.l_conv(u).permute(0, 2, 3, 1)
-        return linear(self.proj_out, torch.cat([self.h_attn(high), self.l_attn(low)], dim=-1))
+        if not fusable(x) or hooked(self.h_attn, self.l_attn):
+            return linear(self.proj_out, torch.cat([self.h_attn(high), self.l_attn(low)], dim=-1))
+        both = x.new_empty(x.shape)  # weighted straight into their places
+        for part, attn, y in zip(both.chunk(2, dim=-1), (self.h_attn, self.l_attn), (high, low)):
+            torch.mul(y, attn.factors(y)[:, None, None, :], out=part)
+        return linear(self.proj_out, both)
 
 
 class WaveMixer(nn.Module):
@@ -79,20 +84,34 @@ class WaveMixer(nn.Module):
         phase = linear(self.theta, x, activation="gelu")
         amplitude = linear(self.proj, x)
         peak = phase.gather(-1, strongest) * amplitude.gather(-1, strongest)
+        if fusable(x) and not hooked(self.theta, self.proj):
+            return torch.addcmul(peak, amplitude, phase, out=phase)
         return torch.addcmul(peak, amplitude, phase)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         f = rotated(self.aggregate(x), self.complex)
         f = self.conv(f.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return linear(self.proj_out, self.attn(f))
+        if fusable(x) and not hooked(self.conv, self.conv.act, self.attn):
+            f.mul_(self.attn.factors(f)[:, None, None, :])
+        else:
+            f = self.attn(f)
+        return linear(self.proj_out, f)
 
 
 def rotated(x: Float[Tensor, "*b m"], factors: Float[Tensor, "m//2 2"]) -> Float[Tensor, "*b m"]:
     """Channels (2j, 2j + 1) as real and imaginary part, times factors[j] (real, imaginary); float32 at least."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    re, im = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = factors.to(wide.dtype).unbind(-1)
-    return torch.stack([re * c - im * s, re * s + im * c], dim=-1).flatten(-2).to(x.dtype)
+    pairs, factors = wide.unflatten(-1, (-1, 2)), factors.to(wide.dtype)
+    if torch.compiler.is_compiling():  # compilers have no code for complex numbers
+        return rotated_by_reals(pairs, factors).flatten(-2).to(x.dtype)
+    product = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(factors)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+def rotated_by_reals(pairs: Float[Tensor, "*b n 2"], factors: Float[Tensor, "n 2"]) -> Float[Tensor, "*b n 2"]:
+    """The complex product as real multiply-adds."""
+    (re, im), (c, s) = pairs.unbind(-1), factors.unbind(-1)
+    return torch.stack([re * c - im * s, re * s + im * c], dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

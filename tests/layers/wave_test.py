@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lynceus.core.errors import AdviceError
-from lynceus.layers.wave import TwoFieldMixer, WaveMixer, rotated
+from lynceus.layers.wave import TwoFieldMixer, WaveMixer, rotated, rotated_by_reals
 
 
 def lively(module, seed=1):
@@ -53,6 +53,7 @@ def test_rotation_is_the_complex_product_and_keeps_the_norm_of_pairs():
     z = torch.randn(6, 2, dtype=torch.float64)
     product = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(z)
     assert (rotated(x, z) - torch.view_as_real(product).flatten(-2)).abs().max() < 1e-12
+    assert (rotated_by_reals(x.unflatten(-1, (-1, 2)), z) - torch.view_as_real(product)).abs().max() < 1e-12
     angle = torch.linspace(0, 2 * math.pi, 6, dtype=torch.float64)
     turned = rotated(x, torch.stack([angle.cos(), angle.sin()], -1))
     norms = [v.unflatten(-1, (-1, 2)).norm(dim=-1) for v in (x, turned)]
