@@ -170,8 +170,9 @@ class SoftmaxFreeAttention(nn.Module):
         self, q: Float[Tensor, "b g n d"], z: Float[Tensor, "b g m d"], v: Float[Tensor, "b g n d"]
     ) -> Float[Tensor, "b g n d"]:
         """K (A^+ (K' V)) of queries, landmarks and values."""
-        if torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):
+        device = q.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return self._mix(q, z, v)
         return self._mix(q, z, v)
 
