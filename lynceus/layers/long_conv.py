@@ -3,8 +3,8 @@
     y[p, q] = sum over a <= p, b <= q of kernel[a, b] x[p - a, q - b]        (two axes; per channel)
 
 One operation, three ways, equal up to rounding: "direct" (a depthwise convolution: fastest on small grids without
-gradients, and exactly causal), "products" (the Fourier transform as matrix products: fast forward and backward on
-medium grids, and nothing complex, so every runtime can hold it), "fft" (large grids, and GPUs).
+gradients, and exactly causal), "products" (the Fourier transform as matrix products: fastest forward and backward on
+small grids, and nothing complex, so every runtime can hold it), "fft" (large grids, and GPUs).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lynceus.core.errors import AdviceError, unknown
 
 Way = Literal["auto", "direct", "products", "fft"]
 WAYS: tuple[str, ...] = ("auto", "direct", "products", "fft")
-# largest grids, measured on a CPU: cells for "direct" without gradients, sides for "products" without and with them
-DIRECT_CELLS, PRODUCT_SIDE, PRODUCT_SIDE_TRAINING = 900, 40, 64
+# largest grids, measured on a CPU: cells of one and two axes for "direct" without gradients, sides for "products" with
+DIRECT_CELLS, PRODUCT_SIDE = {1: 256, 2: 900}, 16
 
 
 Waves = tuple[Tensor, Tensor]
@@ -49,9 +49,9 @@ def choose(x: Tensor, *, grad: bool) -> str:
     grid = x.shape[1:-1]
     if x.device.type != "cpu":
         return "fft"
-    if not grad and len(grid) <= 2 and math.prod(grid) <= DIRECT_CELLS:
-        return "direct"
-    return "products" if max(grid) <= (PRODUCT_SIDE_TRAINING if grad else PRODUCT_SIDE) else "fft"
+    if not grad:
+        return "direct" if math.prod(grid) <= DIRECT_CELLS.get(len(grid), 0) else "fft"
+    return "products" if max(grid) <= PRODUCT_SIDE else "fft"
 
 
 def prepare(kernel: Float[Tensor, "*grid c"], way: str, flipped: Sequence[int] = ()) -> LongKernel:
@@ -74,8 +74,7 @@ def prepare(kernel: Float[Tensor, "*grid c"], way: str, flipped: Sequence[int] =
         waves = tuple(_waves(n, kernel) for n in grid)
         parts = _transform(kernel[None], waves, flipped)
     else:
-        sizes = [2 * n for n in grid]
-        spectrum = torch.fft.rfftn(kernel, s=sizes, dim=list(range(axes)))
+        spectrum = _spectrum(kernel, range(axes))
         for axis in flipped:  # e^(+i w a): the spectrum of the kernel turned round along this axis
             if axis == axes - 1:  # the halved axis: conjugate, and turn the others instead
                 spectrum = _negated(spectrum.conj(), range(axes - 1))
@@ -93,11 +92,10 @@ def long_conv(x: Float[Tensor, "b *grid c"], kernel: LongKernel) -> Float[Tensor
     if kernel.way == "products":
         (a, b), (r, i) = _transform(x, kernel.waves), kernel.parts
         return _inverse(a * r - b * i, a * i + b * r, kernel.waves)
-    sizes = [2 * n for n in x.shape[1:-1]]
-    y = torch.fft.irfftn(torch.fft.rfftn(x, s=sizes, dim=axes) * kernel.parts[0], s=sizes, dim=axes)
-    for axis in axes:
-        y = y.narrow(axis, 0, x.shape[axis])
-    return y
+    y = _spectrum(x, axes) * kernel.parts[0]
+    for axis in axes[:-1]:  # axis by axis: what lies outside the grid is cut off before the next one
+        y = torch.fft.ifft(y, dim=axis).narrow(axis, 0, x.shape[axis])
+    return torch.fft.irfft(y, n=2 * x.shape[-2], dim=axes[-1]).narrow(axes[-1], 0, x.shape[-2])
 
 
 def causal_conv(
@@ -181,6 +179,14 @@ def _inverse(re: Tensor, im: Tensor, waves: Sequence[Waves]) -> Tensor:
         twice[0] = 1.0
         cos, sin = cos * twice, sin * twice
     return _times((cos / whole).T, re) - _times((sin / whole).T, im)
+
+
+def _spectrum(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The transform with zeros to twice the side along every axis, of the last one the lower half."""
+    y = torch.fft.rfft(x, n=2 * x.shape[axes[-1]], dim=axes[-1])
+    for axis in axes[:-1]:
+        y = torch.fft.fft(y, n=2 * x.shape[axis], dim=axis)
+    return y
 
 
 def _negated(spectrum: Tensor, axes: Sequence[int]) -> Tensor:
