@@ -28,6 +28,10 @@ REWRITES: dict[str, tuple[str, str]] = {
         "lynceus.rewrite.swap:Swap",
         "other token mixers (attention, hyena, ...) in some blocks; all else keeps its weights",
     ),
+    "haloify": (
+        "lynceus.rewrite.haloify:Haloify",
+        "halo attention in place of 3x3 convolutions, as in HaloNet",
+    ),
     "deploy": (
         "lynceus.rewrite.deploy:Deploy",
         "the fastest way to run it on this machine that keeps its answers on your images",

@@ -75,7 +75,7 @@ class Swap:
                 if self.keep:
                     take_over(fresh, old)
                 inner.set_submodule(site.path, placed(fresh, site))
-        _signed(made, self)
+        signed(made, self)
         made.eval()
         if example is not None:
             with torch.no_grad():
@@ -126,7 +126,7 @@ def rewrites_of(model: Any) -> tuple[Any, ...]:
     return (*rewrites_of(model.original), model.rewrite)
 
 
-def _signed(made: nn.Module, by: Swap) -> None:
+def signed(made: nn.Module, by: Any) -> None:
     """Gives a module `rewrite` and `original`; a task's module and the backbone in it get both, each for its file."""
     inner: Any = getattr(made, "backbone", made)
     inside, outside = rewrites_of(inner), rewrites_of(made)
