@@ -33,6 +33,7 @@ def _available() -> bool:
 
 
 AVAILABLE = _available()
+SMALL = 5_000_000  # multiply-adds below which oneDNN's start (20 to 40 us here) costs more than its epilogues save
 BFLOAT16 = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -70,25 +71,21 @@ def plain_linear(layer: nn.Module, x: Tensor) -> bool:
     return type(layer) is nn.Linear and layer.weight.dtype == x.dtype and layer.weight.is_cpu and not hooked(layer)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias by oneDNN, for callers that have asked `fusable`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
-
-
 def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
     """activation(layer(x)), or layer(x) + residual (one or the other), in one kernel where that is allowed."""
-    if not (fusable(x) and plain_linear(layer, x)):
+    if not (fusable(x) and plain_linear(layer, x)) or x.numel() * layer.out_features < SMALL:  # type: ignore[operator]
         x = _PLAIN[activation](layer(x))  # type: ignore[operator]
         return x if residual is None else residual + x
+    weight, bias = (layer.packed, layer.shift) if type(layer) is PackedLinear else (layer.weight, layer.bias)
     if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     kind, algorithm = ("gelu", "tanh") if activation == "gelu_tanh" else (activation, "none")
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, kind, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], algorithm)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias, for weights that are no module's own."""
-    if fusable(x) and weight.is_cpu and weight.dtype == x.dtype:
+    if fusable(x) and weight.is_cpu and weight.dtype == x.dtype and x.numel() * weight.shape[0] >= SMALL:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
     return F.linear(x, weight, bias)
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lynceus.core.errors import AdviceError
 from lynceus.layers import fused
 from lynceus.layers.folded import fold
+from lynceus.layers.packed import PackedConv, PackedLinear
 
 Run = Callable[[Tensor], Any]
 
@@ -77,11 +78,13 @@ def _folded(model: nn.Module, example: Tensor) -> Run:
     return _fold(model, example)
 
 
-def _fold(model: nn.Module, example: Tensor) -> nn.Module:
+def _fold(model: nn.Module, example: Tensor, *, foreign_only: bool = False) -> nn.Module:
     """The deployment form of the model's family, where it has one; then every batch norm that follows a convolution
-    alone is taken into it."""
+    alone is taken into it. foreign_only: not in our own modules, which fold as they run."""
     model = deployment_form(model)
     for conv_name, norm_name in _followed(model, example, nn.Conv2d, nn.BatchNorm2d):
+        if foreign_only and _ours(model, norm_name):
+            continue
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
@@ -146,80 +149,51 @@ def _followed(model: nn.Module, example: Tensor, first: Any, second: Any) -> lis
 
 
 # prepacked weights ----------------------------------------------------------------------------------
-class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in the order of oneDNN's kernel, with its activation inside the product.
-
-    dtype: of the product; inputs of another dtype are brought to it and back."""
-
-    def __init__(self, layer: nn.Linear, activation: fused.Activation, dtype: torch.dtype, rows: int):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.activation, self.dtype = activation, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, self.activation, [], "none")
-        return out.to(x.dtype)
-
-
-class PackedConv(nn.Module):
-    """A convolution whose weight lies in the order of oneDNN's kernel, with its ReLU inside."""
-
-    def __init__(self, layer: nn.Conv2d, relu: bool, dtype: torch.dtype, shape: list[int]):
-        super().__init__()
-        where = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        weight = layer.weight.detach().to(dtype).contiguous().to_mkldnn()
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        self.packed = reorder(weight, *where, shape)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.where, self.after, self.dtype = where, "relu" if relu else "none", dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        out = torch.ops.mkldnn._convolution_pointwise(y, self.packed, self.bias, *self.where, self.after, [], "")
-        return out.to(x.dtype)
-
-
 def _packed(model: nn.Module, example: Tensor) -> Run:
-    model = _fold(model, example)
     return _pack(model, example, next(model.parameters()).dtype)
 
 
 def _mixed(model: nn.Module, example: Tensor) -> Run:
-    return _pack(_fold(model, example), example, torch.bfloat16)
+    return _pack(model, example, torch.bfloat16)
 
 
 def _bf16_packed(model: nn.Module, example: Tensor) -> Run:
-    model = _fold(model, example)
-    model = _pack(model.bfloat16(), example.bfloat16(), torch.bfloat16)
-    return _in_bf16(model, example.dtype)
+    return _in_bf16(_pack(model.bfloat16(), example.bfloat16(), torch.bfloat16), example.dtype)
 
 
 def _pack(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
-    """Linear layers and convolutions prepacked, GELU and ReLU that follow one taken into it."""
+    """Linear layers and convolutions prepacked. In foreign modules batch norms are folded first, and a GELU or ReLU
+    that follows is taken in; ours have kernels for that already, which take packed layers too."""
+    model = _fold(model, example, foreign_only=dtype == next(model.parameters()).dtype)
+    normed = {conv for conv, _ in _followed(model, example, nn.Conv2d, nn.BatchNorm2d)}
     after: dict[str, tuple[str, str]] = {}
     for kind, name in ((nn.GELU, "gelu"), (nn.ReLU, "relu")):
         for layer, act in _followed(model, example, (nn.Linear, nn.Conv2d), kind):
             exact = getattr(model.get_submodule(act), "approximate", "none") == "none"
-            if exact and (name == "relu" or type(model.get_submodule(layer)) is nn.Linear):
+            taken = name == "relu" or type(model.get_submodule(layer)) is nn.Linear
+            if exact and taken and not _ours(model, layer):
                 after[layer] = (act, name)
     shapes = _shapes(model, example)
     for name, m in list(model.named_modules()):
         act, kind_of = after.get(name, ("", "none"))
-        if name not in shapes or fused.hooked(m):
+        if name not in shapes or name in normed or fused.hooked(m):
             continue
         if type(m) is nn.Linear:
             rows = shapes[name].numel() // m.in_features
-            made: nn.Module = PackedLinear(m, kind_of, dtype, rows)  # type: ignore[arg-type]
+            made: nn.Module = PackedLinear(m, rows=rows, activation=kind_of, dtype=dtype)  # type: ignore[arg-type]
         elif type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            made = PackedConv(m, kind_of == "relu", dtype, list(shapes[name]))
+            made = PackedConv(m, shape=shapes[name], relu=kind_of == "relu", dtype=dtype)
         else:
             continue
         model.set_submodule(name, made)
         if act:
             model.set_submodule(act, nn.Identity())
     return model
+
+
+def _ours(model: nn.Module, name: str) -> bool:
+    """Whether the module that holds this one is this library's."""
+    return type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("lynceus.")
 
 
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
