@@ -87,6 +87,21 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "Masks and bias indices are built on demand instead of stored; such buffers in a checkpoint are ignored.",
         ],
     },
+    "hyena_vit": {
+        "paper": "Multi-Dimensional Hyena for Spatial Inductive Bias, AISTATS 2024, arXiv 2309.13600",
+        "code": "Itamarzimm/HyenaND@e8b875ea852b",
+        "licence": "Apache-2.0",
+        "counts": {"hyena_vit_tiny": (6_042_400, None)},
+        "macs_note": "no count is published; ours holds the convolutions as they are run, by direct sums at this size",
+        "metrics": {},
+        "metrics_note": "",
+        "deviations": [
+            "The classifier reads the mean of the tokens; pool='token' reads the top left one, as the reference does.",
+            "Images of any size, of unequal sides too: filters are made for the grid; the reference asserts its side.",
+            "The filter's factor 1 / (2 L) is kept; with unequal sides L is their geometric mean.",
+            "Filters are kept in eval mode; small maps are convolved directly instead of through the transform.",
+        ],
+    },
     "hornet": {
         "paper": "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions, NeurIPS 2022, "
         "arXiv 2207.14284",
