@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.layers.depthwise import DepthwiseConv
-from lynceus.layers.fused import fusable, linear, plain_linear, product
+from lynceus.layers.fused import affine, fusable, linear, plain_linear
 from lynceus.layers.global_filter import GlobalFilter
 from lynceus.layers.mixers import Place
 
@@ -55,10 +55,10 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w d"]:
         first = self.widths[0]
-        lean = fusable(x) and plain_linear(self.proj_in, x) and not self.training
+        lean = fusable(x) and type(self.proj_in) is nn.Linear and plain_linear(self.proj_in, x)
         if lean:
             weight, bias = self.proj_in.weight, self.proj_in.bias  # two products leave q in one piece for the filter
-            p, q = (product(x, weight[rows], bias[rows]) for rows in (slice(first), slice(first, None)))
+            p, q = (affine(x, weight[rows], bias[rows]) for rows in (slice(first), slice(first, None)))
         else:
             p, q = self.proj_in(x).split((first, sum(self.widths)), dim=-1)
         gates = self.dwconv(q, self.scale).split(self.widths, dim=-1)
