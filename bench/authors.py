@@ -136,7 +136,7 @@ def vim(folder: Path, *, dim: int = 192, depth: int = 24, **options: Any) -> nn.
             "selective_scan_cuda": empty,
         },
     )
-    scans.selective_scan_fn = scans.selective_scan_ref
+    vars(scans)["selective_scan_fn"] = scans.selective_scan_ref
 
     def without_projection(xz: Any, *rest: Any, **named: Any) -> Any:
         identity = torch.eye(xz.shape[1] // 2, dtype=xz.dtype)
@@ -316,6 +316,35 @@ def soft(folder: Path, *, name: str = "soft_tiny") -> nn.Module:
     return made
 
 
+def hornet(folder: Path, *, variant: str = "hornet_tiny_7x7", **options: Any) -> nn.Module:
+    """A named net of the authors'; timm's old places of two helpers are stood in for."""
+    import contextlib
+    import io
+
+    from timm.layers import DropPath, trunc_normal_
+
+    layers = {"trunc_normal_": trunc_normal_, "DropPath": DropPath}
+    stand_ins = {"timm.models.layers": layers, "timm.models.registry": {"register_model": lambda f: f}}
+    code = imported(folder, "hornet.py", stand_ins=stand_ins)
+    with contextlib.redirect_stdout(io.StringIO()):
+        net: nn.Module = getattr(code, variant)(**options)
+    return net
+
+
+def spartan(folder: Path, **options: Any) -> nn.Module:
+    """The published T."""
+    code = imported(folder, "src/model/spartan.py", stand_ins={"omegaconf": {"DictConfig": dict}})
+    published = {
+        "num_layer": 4,
+        "layer_depths": [3, 3, 12, 2],
+        "expand_ratios": [4, 4, 2, 2],
+        "dims": [64, 128, 256],
+        "dropout": 0.1,
+    }
+    net: nn.Module = code.SpaRTAN(1000, **{**published, **options})
+    return net
+
+
 # name -> repository and loader, a line per net
 
 
@@ -369,4 +398,6 @@ AUTHORS: dict[str, Authored] = {
     "hyena_deit": Authored("Itamarzimm/HyenaND", hyena_deit),
     "vim": Authored("hustvl/Vim", vim),
     "plain_mamba": Authored("ChenhongyiYang/PlainMamba", plain_mamba),
+    "hornet": Authored("raoyongming/HorNet", hornet),
+    "spartan": Authored("henry-pay/SpaRTAN", spartan),
 }
