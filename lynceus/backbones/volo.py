@@ -105,9 +105,9 @@ class ConvStem(nn.Module):
         super().__init__()
         width, side = config.stem_width, config.patch_size // 2
         self.conv = nn.Sequential(
-            nn.Conv2d(config.in_chans, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(config.in_chans, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
         )  # fmt: skip
         self.proj = nn.Conv2d(width, config.embed_dims[0], side, side)
         self.folds = Folds()
@@ -118,6 +118,8 @@ class ConvStem(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b H W d"]:
         x = image
+        if not torch.compiler.is_compiling():  # convolutions like this order, and tokens come out in theirs
+            x = x.contiguous(memory_format=torch.channels_last)
         for i in (0, 3, 6):
             conv, bn, relu = self.conv[i : i + 3]
             x = conv_bn(x, conv, bn, folds=self.folds, name=str(i), relu=relu)
