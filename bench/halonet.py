@@ -1,0 +1,116 @@
+"""HaloNet: what the overlap of windows carries, learning digits, and keys and values gathered per query.
+
+python -m bench.halonet                    # two marks across a block border, with and without a halo, three seeds
+python -m bench.halonet --digits           # also learns digits (about two minutes a seed on one core)
+python -m bench.halonet --out figures.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench._digits import accuracy, train
+from bench.swin import pairs
+from lynceus.backbones.halonet import VARIANTS, Bottleneck, HaloNet, HaloNetConfig
+from lynceus.core.rng import generator
+from lynceus.layers.halo import HaloOptions
+
+# 7x7 stem, two stages of two blocks, for 32 pixels
+DIGITS = HaloNetConfig(
+    layout=("aa", "aa"),
+    widths=(32, 64),
+    hidden=(32, 64),
+    strides=(1, 2),
+    attention=(HaloOptions(block_size=4, halo_size=1, heads=4),),
+    stem_width=32,
+    image_size=(32, 32),
+    num_classes=10,
+)
+
+
+class Marks(nn.Module):
+    """1x1 convolution, halo blocks without stride, mean, classifier: only the attention can look at a neighbour."""
+
+    def __init__(self, halo: int, *, depth: int = 2, width: int = 24):
+        super().__init__()
+        attention = HaloOptions(block_size=4, halo_size=halo, heads=2)
+        config = HaloNetConfig(
+            layout=("a" * depth,), widths=(width,), hidden=(width,), strides=(1,), attention=(attention,)
+        )
+        self.embed = nn.Conv2d(3, width, 1)
+        blocks = [Bottleneck(width, 0, config, kind="a", stride=1, drop_path=0.0) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.embed(image)).mean((2, 3)))
+        return out
+
+
+def marks(halo: int, seed: int, *, depth: int = 2, steps: int = 300) -> float:
+    """Held-out accuracy of telling whether two marks, either side of a block border, have the same colour."""
+    torch.manual_seed(seed)
+    model = Marks(halo, depth=depth).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    random = generator(seed, "pairs")
+    for _ in range(steps):
+        x, y = pairs(64, random)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        cycle.step()
+    x, y = pairs(2048, generator(seed, "held out"))
+    with torch.no_grad():
+        return float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+def gathered() -> dict[str, float]:
+    """Keys and values read per query of each named size: (window / block) squared; per-pixel windows read window^2."""
+    found = {}
+    for name, config in VARIANTS.items():
+        if name.startswith("halonet_h"):
+            o = config.options(0)
+            found[name] = ((o.block_size + 2 * o.halo_size) / o.block_size) ** 2
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    figures: dict[str, Any] = {"torch": torch.__version__, "gathered": gathered()}
+    for name, ratio in figures["gathered"].items():
+        print(f"{name}: {ratio:.2f} keys gathered per query")
+    for halo in (1, 0):
+        reached = figures[f"marks, halo {halo}"] = [marks(halo, seed) for seed in range(args.seeds)]
+        print(f"two marks, halo {halo}: {_spread(reached)} held out")
+    if args.digits:
+        seeds = range(args.seeds)
+        figures["digits"] = [accuracy(train(lambda: HaloNet(DIGITS), 32, seed=s), 32) / 100 for s in seeds]
+        print(f"digits: {_spread(figures['digits'])} held out")
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=1))
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread} ({', '.join(f'{v:.4f}' for v in values)})"
+
+
+if __name__ == "__main__":
+    main()
