@@ -14,6 +14,7 @@ from lynceus.layers.fused import fusable, hooked
 from lynceus.layers.gated_position import GatedPositionAttention
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.outlook import OutlookAttention
+from lynceus.layers.pieces import in_pieces
 
 # branches that add the shortcut themselves, inside their last kernel
 ADDING = (Attention, ConvProjection, GatedPositionAttention, OutlookAttention, Mlp)
@@ -47,7 +48,11 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *n c"], size: tuple[int, int] | None = None) -> Float[Tensor, "b *n c"]:
         """x: a map b h w c; or tokens b n c that hold a map of `size` (rows, columns) and more."""
-        x = self._add(x, self.attn, self.norm1(x), *(() if size is None else (size,)))
+        place = () if size is None else (size,)
+        return in_pieces(self, lambda some: self._all(some, *place), x, width=self.mlp.fc1.out_features)
+
+    def _all(self, x: Tensor, *size: Any) -> Tensor:
+        x = self._add(x, self.attn, self.norm1(x), *size)
         return self._add(x, self.mlp, self.norm2(x))
 
     def _add(self, x: Tensor, branch: nn.Module, normed: Tensor, *size: Any) -> Tensor:

@@ -29,7 +29,7 @@ def images_at_once(owner: nn.Module, x: Tensor, width: int) -> int:
 
 
 def in_pieces(owner: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, *, width: int) -> Tensor:
-    """run(x), some images at a time where that is faster; `run` maps a map b h w c to one of the same shape.
+    """run(x), some images at a time where that is faster; `run` gives a map b h w c, or tokens b n c, of x's shape.
 
     owner, width: see `images_at_once`.
     """
