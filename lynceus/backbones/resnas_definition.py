@@ -121,9 +121,10 @@ def parse(definition: str | Sequence[Any]) -> Definition:
     text = definition.strip()
     if text.startswith(("(", "[")):
         try:
-            return from_items(ast.literal_eval(text))
+            items = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             raise AdviceError(f"{text[:60]!r} is no tuple of tuples of numbers; {_HELP}.") from None
+        return from_items(items)
     found = re.match(r"(?:(P)\s+|M(\d+)\s+)?C\s+([\d,\s]+):(.*)$", text, re.DOTALL)
     if found is None:
         raise AdviceError(f"{text[:60]!r} is no definition: it starts with the widths of its stages, {_HELP}.")
@@ -152,10 +153,11 @@ def from_items(items: Sequence[Any]) -> Definition:
     """A definition from the authors' tuples (or lists); a classifier at the end is checked and left out."""
     try:
         return _from_items(items)
+    except AdviceError:
+        raise
     except (TypeError, IndexError, ValueError) as error:
-        raise AdviceError(
-            f"These tuples are no definition ({error}); a block is (1, (C, heads, dim), (C, h), 1)."
-        ) from None
+        advice = "a block is (1, (C, heads, head_dim), (C, hidden), 1)"
+        raise AdviceError(f"These tuples are no definition ({error}); {advice}.") from None
 
 
 def _from_items(items: Sequence[Any]) -> Definition:
