@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
-from lynceus.layers.fused import linear
+from lynceus.layers.fused import fusable, linear
 from lynceus.layers.mixers import Place
 
 
@@ -54,6 +54,7 @@ class GatedPositionAttention(nn.Module):
         self.pos_proj = nn.Linear(3, heads)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(heads))
+        self._kept: tuple[tuple[int, int, torch.dtype], tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
         for layer in (self.qk, self.v, self.proj, self.pos_proj):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
@@ -104,14 +105,29 @@ class GatedPositionAttention(nn.Module):
     def _heads(self, x: Tensor, b: int, n: int, parts: int) -> tuple[Tensor, ...]:
         return x.reshape(b, n, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def _gated(self, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`position`, the gate already in the second factor."""
+        rows, columns = self.position(height, width)
+        return rows.to(dtype), (columns * self.gate.to(columns.dtype)[:, None, None]).to(dtype)
+
+    def _gated_kept(self, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same, from last time if the size and every number that it comes from are still equal."""
+        key, kept = (height, width, dtype), self._kept
+        sources = (self.pos_proj.weight, self.gating_param)
+        if kept is not None and kept[0] == key and all(torch.equal(a, b) for a, b in zip(kept[1], sources)):
+            return kept[2]
+        made = self._gated(height, width, dtype)
+        self._kept = (key, tuple(p.detach().clone() for p in sources), made)
+        return made
+
     def _apply_position(self, v: Float[Tensor, "b h w c"]) -> Float[Tensor, "b n g d"]:
         """gate * (positional attention @ v): first along columns of the map, then along its rows."""
         b, h, w, c = v.shape
         g, d = self.heads, c // self.heads
-        rows, columns = self.position(h, w)
-        columns = (columns * self.gate.to(columns.dtype)[:, None, None]).to(v.dtype)
+        lean = fusable(v) and not self.training
+        rows, columns = self._gated_kept(h, w, v.dtype) if lean else self._gated(h, w, v.dtype)
         x = v.reshape(b, h, w, g, d).permute(3, 1, 0, 2, 4).reshape(g, h, b * w * d)
-        x = torch.bmm(rows.to(v.dtype), x).view(g, h, b, w, d).permute(0, 3, 1, 2, 4).reshape(g, w, h * b * d)
+        x = torch.bmm(rows, x).view(g, h, b, w, d).permute(0, 3, 1, 2, 4).reshape(g, w, h * b * d)
         x = torch.bmm(columns, x).view(g, w, h, b, d).permute(3, 2, 1, 0, 4)
         return x.reshape(b, h * w, g, d)
 
