@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from bench.peers import Absent
+from lynceus.backbones.resnas import FOUND, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -391,6 +392,65 @@ def cvt(folder: Path, **options: Any) -> nn.Module:
     return made
 
 
+def lsnet(folder: Path, *, variant: str = "lsnet_t") -> nn.Module:
+    """The authors' LSNet, whose GPU kernel is replaced by nine shifted products in plain PyTorch."""
+    import timm.layers
+    import torch
+    import torch.nn.functional as F
+
+    class Shifts(nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            n, c, height, width = x.shape
+            padded, out = F.pad(x, (1, 1, 1, 1)), torch.zeros(())
+            for t in range(9):
+                part = padded[:, :, t // 3 : t // 3 + height, t % 3 : t % 3 + width]
+                out = out + part.reshape(n, -1, w.shape[1], height, width) * w[:, None, :, t]
+            return out.view(n, c, height, width)
+
+    def build(cls: Any, name: str, pretrained: bool, default_cfg: Any, **options: Any) -> nn.Module:
+        made: nn.Module = cls(**options)
+        return made
+
+    stand_ins: dict[str, dict[str, Any]] = {
+        "timm.models.layers": vars(timm.layers),
+        "timm.models.registry": {"register_model": lambda f: f},
+        "timm.models.helpers": {"build_model_with_cfg": build},
+        "_peer_model_lsnet.ska": {"SKA": Shifts},
+    }
+    net: nn.Module = getattr(imported(folder, "model/lsnet.py", stand_ins=stand_ins, relative=True), variant)()
+
+    def renew(module: Any, *_: Any) -> None:
+        """Their bias is copied when eval mode begins; weights that come later must be copied again, once."""
+        module.ab = module.attention_biases.detach()[:, module.attention_bias_idxs]
+        module.stale.remove()
+
+    for module in net.modules():
+        if hasattr(module, "attention_bias_idxs"):
+            vars(module)["stale"] = module.register_forward_pre_hook(renew)
+    return net
+
+
+def vit_search(folder: Path, *, definition: str, size: int = 224) -> nn.Module:
+    """The authors' ViT-Res after a definition of ours, on a CPU."""
+    from unittest.mock import patch
+
+    import timm.layers
+    import torch
+
+    from lynceus.backbones.resnas_definition import parse
+
+    stand_ins = {
+        "timm.models.layers": vars(timm.layers),
+        "timm.models.registry": {"register_model": lambda f: f},
+        "timm.models.vision_transformer": {"PatchEmbed": timm.layers.PatchEmbed, "_cfg": dict},
+    }
+    code = imported(folder, "nets/vit_sr_supernet.py", stand_ins=stand_ins, relative=True)
+    items = parse(definition).items()
+    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        net: nn.Module = code.FlexibleDistillVisionTransformerSR(size, distill_token=False, network_def=items)
+    return net
+
+
 AUTHORS: dict[str, Authored] = {
     "cvt": Authored("leoxiaobin/CvT", cvt),
     "soft_tiny": Authored("fudan-zvg/SOFT", soft),
@@ -400,4 +460,7 @@ AUTHORS: dict[str, Authored] = {
     "plain_mamba": Authored("ChenhongyiYang/PlainMamba", plain_mamba),
     "hornet": Authored("raoyongming/HorNet", hornet),
     "spartan": Authored("henry-pay/SpaRTAN", spartan),
+    "lsnet": Authored("jameslahm/lsnet", lsnet),
+    "vit_res": Authored("yilunliao/vit-search", functools.partial(vit_search, definition=REFERENCE)),
+    "resnas_tiny": Authored("yilunliao/vit-search", functools.partial(vit_search, definition=FOUND["tiny"])),
 }
