@@ -4,7 +4,8 @@ Lu et al., SOFT, NeurIPS 2021, arXiv 2110.11945; Softmax-free Linear Transformer
 
 With K the kernel of tokens and landmarks and A that of the landmarks, attention is K (A^+ (K' V)); the inverse comes
 from Newton's iteration. The normalised form puts D^-1/2 A^+ D^-1/2 in the middle, D being the row sums of A.
-Kernels and iteration are computed in float32 at least, also under autocast.
+Kernels and iteration are computed in float32 at least, also under autocast. The normalised form has no ridge: where
+landmarks are nearly equal its inverse is large, and float32 and float64 give different outputs.
 """
 
 from __future__ import annotations
