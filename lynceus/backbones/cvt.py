@@ -21,6 +21,7 @@ from lynceus.core.types import Stage
 from lynceus.layers.block import MixerBlock
 from lynceus.layers.conv_projection import ConvProjection, Projection
 from lynceus.layers.drop import linear_rates
+from lynceus.layers.folded import Folds, conv_bn
 from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import QuickGELU
 
@@ -103,6 +104,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+_NONE = nn.Identity()  # no batch norm behind the patches
+
+
 class ConvEmbed(nn.Module):
     """Overlapping patches through one convolution, then LayerNorm: b i h w -> a map b H W d.
 
@@ -114,11 +118,17 @@ class ConvEmbed(nn.Module):
         self.least = max(size - 2 * padding, 1)
         self.proj = nn.Conv2d(in_chans, dim, size, stride, padding)
         self.norm = nn.LayerNorm(dim, eps=EPS)
+        self._folds = Folds()
+
+    def train(self, mode: bool = True) -> ConvEmbed:
+        self._folds.forget()
+        return super().train(mode)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b H W d"]:
         if self.least > 1:
             x = pad_to(x, self.least)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = conv_bn(x, self.proj, _NONE, folds=self._folds, name="proj")
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class CvTStage(nn.Module):

@@ -118,7 +118,7 @@ class ConvProjection(nn.Module):
             extra, token, grid = 0, None, x
         else:
             extra = x.shape[1] - size[0] * size[1]
-            token, grid = x[:, :extra], x[:, extra:].reshape(b, *size, c)
+            token, grid = x[:, :extra], x[:, extra:].contiguous().view(b, *size, c)
         q, k, v = (
             self._heads(linear(layer, self._join(token, projection(grid))))
             for projection, layer in (
