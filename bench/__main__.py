@@ -11,6 +11,7 @@ IMAGES = (
     "off_the_shelf",
     "scaling",
     "convnext_ladder",
+    "small_data",
 )  # $LYNCEUS_TEST_DATA; up to an hour each
 
 
