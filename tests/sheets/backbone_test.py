@@ -327,7 +327,7 @@ SHALLOW = {
     "halonet_nano": {"layout": ("c", "aa"), "widths": (64, 128), "hidden": (48, 96), "strides": (1, 2)},
     "hornet_nano": {"depths": (1, 1, 1, 1)},
     "hornet_nano_gf": {"depths": (1, 1, 1, 1)},
-    "hyena_vit_nano": {"depth": 2},
+    "hyena_vit_nano": {"depth": 1},
     "resnet_nano": {"depths": (1, 2, 1, 1)},
     "soft_nano": {"depths": (1, 1, 1, 1), "newton_iterations": 5},
     "spartan_nano": {"depths": (1, 0, 0, 1)},
