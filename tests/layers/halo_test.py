@@ -28,7 +28,7 @@ def lively(layer):
 
 def by_pixels(layer, x):
     """One query after the other: its block's window, the position rows by index difference, a softmax."""
-    b, h, w, _ = x.shape
+    b = x.shape[0]
     g, dk, dv, m, halo, step = layer.heads, layer.key_dim, layer.value_dim, layer.block, layer.halo, layer.step
     q = F.conv2d(x.permute(0, 3, 1, 2), layer.q.weight, layer.q.bias, step)
     kv = F.conv2d(x.permute(0, 3, 1, 2), layer.kv.weight, layer.kv.bias).unflatten(1, (g, dk + dv))
@@ -75,7 +75,12 @@ def test_equals_the_loop_over_query_pixels(options, size):
     for grad in (False, True):  # windows are taken in two ways
         with torch.set_grad_enabled(grad):
             got = layer(x)
-            assert got.shape == (2, math.ceil(size[0] / layer.stride), math.ceil(size[1] / layer.stride), want.shape[-1])
+            assert got.shape == (
+                2,
+                math.ceil(size[0] / layer.stride),
+                math.ceil(size[1] / layer.stride),
+                want.shape[-1],
+            )
             assert (got - want).abs().max() < 1e-10
 
 
