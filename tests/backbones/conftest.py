@@ -65,3 +65,21 @@ def learn_digits():
         return _accuracy(_fit(model, batches(), epochs * per_epoch), test_x, test_y)
 
     return learn
+
+
+def _same_colour(generator):
+    """Two marks in one row either side of the border between windows, of two colours each; label: the same colour."""
+    while True:
+        x = torch.zeros(64, 3, 8, 8)
+        row = torch.randint(8, (64,), generator=generator)
+        colour = torch.randint(2, (64, 2), generator=generator)
+        n = torch.arange(64)
+        for i, column in enumerate((3, 4)):
+            x[n, colour[:, i], row, column] = 1.0
+        yield x, (colour[:, 0] == colour[:, 1]).long()
+
+
+@pytest.fixture
+def same_colour():
+    """The task that only shifted windows can solve: batches without end."""
+    return _same_colour
