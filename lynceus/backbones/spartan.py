@@ -72,7 +72,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, *, ratio: int, early: bool, drop_path: float):
         super().__init__()
         self.smixer: nn.Module = TwoFieldMixer(dim, depthwise=not early)
-        self.cmixer = WaveMixer(dim, ratio=ratio, depthwise=early)
+        self.cmixer: nn.Module = WaveMixer(dim, ratio=ratio, depthwise=early)
         self.norm_1, self.norm_2 = GlobalNorm(dim), GlobalNorm(dim)
         self.scale_1 = nn.Parameter(torch.full((1, dim, 1, 1), 1e-5))
         self.scale_2 = nn.Parameter(torch.full((1, dim, 1, 1), 1e-5))
