@@ -65,7 +65,8 @@ def likeness(model: SpaRTAN, images: Tensor) -> list[float]:
         table = torch.corrcoef(rows).abs()
         found.append(float((table.sum() - len(table)) / (len(table) * (len(table) - 1))))
 
-    handles = [b.cmixer.conv.register_forward_hook(measure) for b in model.layers if isinstance(b, Block)]
+    convs = [b.get_submodule("cmixer.conv") for b in model.layers if isinstance(b, Block)]
+    handles = [conv.register_forward_hook(measure) for conv in convs]
     with torch.no_grad():
         model.eval()(images)
     for handle in handles:
