@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.layers.fused import fusable, hooked, linear
+from lynceus.layers.fused import autocasting, fusable, hooked, linear
 from lynceus.layers.long_conv import LongKernel, choose, long_conv, prepare
 from lynceus.layers.mixers import Place
 
@@ -431,11 +431,10 @@ def _same(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
 @contextlib.contextmanager
 def _single(x: Tensor) -> Iterator[None]:
     """Without autocast: sines of positions and sums over the whole grid need more than eight bits."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasting(x):
         yield
         return
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         yield
 
 
