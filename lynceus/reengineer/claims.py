@@ -12,6 +12,55 @@ UNMEASURED = "not measured: neither the published weights nor the ImageNet image
 PROTOCOL = "ImageNet-1K validation, one centre crop at the model's size"
 
 CLAIMS: dict[str, dict[str, Any]] = {
+    "swin_v2": {
+        "paper": "Swin Transformer V2: Scaling Up Capacity and Resolution, CVPR 2022, arXiv 2111.09883",
+        "code": "microsoft/Swin-Transformer@f82860bfb522",
+        "licence": "MIT",
+        "counts": {
+            "swinv2_tiny_patch4_window8_256": (28_347_154, 5.93),
+            "swinv2_tiny_patch4_window16_256": (28_347_154, 6.60),
+            "swinv2_small_patch4_window8_256": (49_728_418, 11.5),
+            "swinv2_base_patch4_window8_256": (87_918_816, 20.3),
+            "swinv2_base_patch4_window16_256": (87_918_816, 21.8),
+            "swinv2_large_patch4_window12_192_22k": (196_739_932, None),
+        },
+        "macs_note": "claimed multiply-adds leave out the perceptron behind the position bias; ours count it",
+        "metrics": {
+            "swinv2_tiny_patch4_window8_256": 81.8,
+            "swinv2_small_patch4_window8_256": 83.7,
+            "swinv2_base_patch4_window8_256": 84.2,
+            "swinv2_tiny_patch4_window16_256": 82.8,
+            "swinv2_small_patch4_window16_256": 84.1,
+            "swinv2_base_patch4_window16_256": 84.6,
+        },
+        "metrics_note": "the repository's table, at 256 px",
+        "deviations": [
+            "Images of any size: the authors' code asserts its size; here maps are padded to windows before they roll.",
+            "The dense form is Swin's, made for V2 alike; the authors published none.",
+            "A window of one cell gives zero coordinates where the reference divides by zero.",
+            "Masks, coordinates and bias indices are made on demand; such buffers in a checkpoint are ignored.",
+        ],
+    },
+    "cvt": {
+        "paper": "CvT: Introducing Convolutions to Vision Transformers, ICCV 2021, arXiv 2103.15808",
+        "code": "leoxiaobin/CvT@46ab3c832650",
+        "licence": "MIT",
+        "counts": {
+            "cvt_13": (19_997_480, 4.57),
+            "cvt_21": (31_622_696, 7.18),
+            "cvt_13_384": (19_997_480, 16.27),
+            "cvt_21_384": (31_622_696, 24.9),
+            "cvt_w24": (277_196_392, 193.2),
+        },
+        "macs_note": "",
+        "metrics": {"cvt_13": 81.6, "cvt_21": 82.5, "cvt_13_384": 83.0, "cvt_21_384": 83.3},
+        "metrics_note": "the paper's table",
+        "deviations": [
+            "One picture keeps its batch axis; the reference drops it.",
+            "A projection of three linear layers alone works; in the reference its queries are undefined.",
+            "On a CPU in eval mode batch norms are folded into the depthwise convolutions; training is untouched.",
+        ],
+    },
     "vit": {
         "paper": "An Image is Worth 16x16 Words, ICLR 2021, arXiv 2010.11929; DeiT, ICML 2021, arXiv 2012.12877",
         "code": "huggingface/pytorch-image-models@aa4b5850c154",
