@@ -1,13 +1,18 @@
-"""Writes the generated pages: docs/systems.md, the table in README.md, docs/cli.md. `--check`: are they current?"""
+"""Writes the generated pages: docs/systems.md, docs/contracts.md, docs/cli.md, the table in README.md.
+
+`--check`: are they current? The contracts are measured by `python -m lynceus.reengineer.contracts`, not here.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
+from lynceus.backbones import FAMILIES
 from lynceus.backbones.catalogue import checked, systems
 from lynceus.cli.__main__ import VERBS
 
@@ -60,6 +65,59 @@ def families() -> str:
     return "\n".join(lines)
 
 
+def contracts() -> str:
+    """What torch's tools make of each family, from the measured docs/contracts.json."""
+    made = json.loads((ROOT / "docs/contracts.json").read_text())
+    sizes = ", ".join(f"{b} x {h} x {w}" for b, h, w in made["sizes"])
+    lines = [
+        "# Contracts of the families",
+        "",
+        "What holds for every backbone, and where it cannot, why. Measured on each family's nano with lively weights",
+        f"by `python -m lynceus.reengineer.contracts`, torch {made['torch']}, float32 on a CPU.",
+        "",
+        "- Export: `torch.export` with free batch, height and width, from the smallest side given.",
+        f"- ONNX: that program in onnxruntime. Both run beside the model at (batch x height x width) {sizes}.",
+        "- Compile: `torch.compile(fullgraph=True)` with the backend named: logits, then gradients of the parameters.",
+        "",
+        "Differences are the largest of any number, in standard deviations of what it belongs to.",
+        "",
+        "| family | export: free axes | difference | ONNX: free axes | difference | compile, one graph |",
+        "|---|---|---|---|---|---|",
+    ]
+    reasons = []
+    for family in sorted(FAMILIES):
+        row = made["families"].get(family)
+        if row is None:
+            lines.append(f"| `{family}` | not measured yet | | | | |")
+            continue
+        if "failed" in row:
+            lines.append(f"| `{family}` | failed | | | | |")
+            reasons.append(f"- `{family}`: {_cell(row['failed'])}")
+            continue
+        cells = []
+        for kind in ("export", "onnx"):
+            part = row[kind]
+            free = "all" if len(part["free"]) == 3 else ", ".join(part["free"]) or "none"
+            least = f", from {part['least']} px" if part["free"] and part.get("least", 1) > 1 else ""
+            cells += [f"{free}{least}", _number(part["difference"])]
+        part = row["compile"]
+        made_of = f"{part['backend']}: {_number(part['difference'])}, {_number(part.get('gradients'))}"
+        cells.append(made_of if part["difference"] is not None else "no")
+        lines.append(f"| `{family}` | {' | '.join(cells)} |")
+        for kind in ("export", "onnx", "compile"):
+            if row[kind]["reason"]:
+                reasons.append(f"- `{family}`, {kind}: {_cell(row[kind]['reason'])}")
+    return "\n".join([*lines, "", *(["## Where one does not hold", "", *reasons, ""] if reasons else [])])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 def cli_page() -> str:
     parts = [
         "# Command line",
@@ -88,6 +146,7 @@ def pages() -> dict[Path, str]:
     )
     return {
         ROOT / "docs/systems.md": systems,
+        ROOT / "docs/contracts.md": contracts(),
         ROOT / "docs/cli.md": cli_page(),
         ROOT / "README.md": f"{head}{START}\n{short_table()}\n{END}{tail}",
     }
