@@ -31,6 +31,7 @@ _NAMES: dict[str, Any] = {
     "ClassVar": ClassVar,
     "Iterable": Iterable,
     "Literal": Literal,
+    "Mapping": collections.abc.Mapping,
     "Path": Path,
     "Sequence": Sequence,
     "Tensor": type("Tensor", (), {}),

@@ -29,7 +29,7 @@ Blocks = Literal["all", "first half", "last half", "even", "odd"]
 class Swap:
     """Rewrite: another mixer in the chosen blocks, freshly initialised.
 
-    mixer: a name of `MIXERS`. options: of its configuration.
+    mixer: a name of `layers.mixers.MIXERS`, such as attention, hyena or mamba. options: of its configuration.
     blocks: which of the exchangeable mixers, counted from 0 in the order of the network: "all", "first half" (0 to
     count // 2), "last half" (those after them), "even", "odd", or their numbers (negative ones from the end).
     window: mix inside windows of this side, moved by half of it in every second block; None mixes whole maps.
