@@ -8,6 +8,7 @@ bfloat16 on a CPU. Everywhere else the same mathematics runs as ordinary modules
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -94,3 +95,8 @@ def autocasting(x: Tensor) -> bool:
     """True when operations on the device of `x` choose their own precision; False where there is no such thing."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on the device of `x` keep the precision of what they are given."""
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()

@@ -11,9 +11,8 @@ Works on sequences (b, l, c), maps (b, h, w, c) and volumes (b, t, h, w, c), at 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.layers.fused import autocasting, fusable, hooked, linear
+from lynceus.layers.fused import fusable, hooked, linear, without_autocast
 from lynceus.layers.long_conv import LongKernel, choose, long_conv, prepare
 from lynceus.layers.mixers import Place
 
@@ -384,7 +383,7 @@ class Hyena(nn.Module):
         if slots > 1:  # slots become images of their own
             x = x.reshape(b, *grid, slots, (self.order + 1) * d).movedim(-2, 1).flatten(0, 1)
         dtype = x.dtype
-        with _single(x):
+        with without_autocast(x):
             wide = x.to(_wide(dtype))
             kernels = self._prepared(wide, wide.dtype)
             *gates, v = wide.split(d, -1)
@@ -426,16 +425,6 @@ def directions(axes: int) -> list[tuple[int, ...]]:
 
 def _same(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
     return len(old) == len(new) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(old, new))
-
-
-@contextlib.contextmanager
-def _single(x: Tensor) -> Iterator[None]:
-    """Without autocast: sines of positions and sums over the whole grid need more than eight bits."""
-    if not autocasting(x):
-        yield
-        return
-    with torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 class RowHyena(Hyena):

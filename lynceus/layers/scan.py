@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lynceus.core.errors import AdviceError
 from lynceus.layers import scan_tiles
+from lynceus.layers.fused import without_autocast
 from lynceus.layers.scan_tiles import chunks_of
 
 Route = Literal["auto", "sequential", "chunked"]
@@ -63,28 +64,28 @@ def selective_scan(
     for name, x in (("B", B), ("C", C)):
         if x.ndim == 4 and groups % x.shape[1]:
             raise AdviceError(f"{name} has {x.shape[1]} groups beside {groups}; one number must divide the other.")
-    delta = delta.to(kind)
+    # tokens first, once: everything below then runs along neighbouring numbers
+    values, steps = (x.to(kind).permute(2, 0, 1).contiguous() for x in (u, delta))
     if delta_bias is not None:
-        delta = delta + delta_bias.to(kind)[:, None]
+        steps = steps + delta_bias.to(kind)
     if delta_softplus:
-        delta = F.softplus(delta)
-    values = u.to(kind)
+        steps = F.softplus(steps)
     state = None if initial_state is None else initial_state.to(kind).view(b, groups, -1, states).permute(1, 0, 3, 2)
     y, last = scan(
-        _in_groups(values, groups),
-        _in_groups(delta, groups),
+        values.unflatten(2, (groups, -1)).transpose(1, 2),
+        steps.unflatten(2, (groups, -1)).transpose(1, 2),
         A.to(kind).view(groups, -1, states).transpose(1, 2),
         _coefficients(B.to(kind), groups),
         _coefficients(C.to(kind), groups),
         state,
         route=route,
     )
-    y = y.permute(2, 1, 3, 0).reshape(b, d, length)
+    y = y.transpose(1, 2).flatten(2)
     if D is not None:
-        y = y + values * D.to(kind)[:, None]
+        y = torch.addcmul(y, values, D.to(kind))
     if z is not None:
-        y = y * F.silu(z.to(kind))
-    y = y.to(out_type)
+        y = y * F.silu(z.to(kind).permute(2, 0, 1).contiguous())
+    y = y.permute(1, 2, 0).to(out_type)
     return (y, last.permute(1, 0, 3, 2).reshape(b, d, states)) if return_last_state else y
 
 
@@ -138,7 +139,7 @@ def scan(
     t, s, b, d = u.shape
     if state is None:
         state = u.new_zeros(s, b, A.shape[1], d)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         if route == "auto" and torch.compiler.is_exporting():
             return _operator(u, delta, A, B, C, state)
         if route == "sequential" or (route == "auto" and _transformed()):
@@ -190,7 +191,7 @@ def _run(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunks: int, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, last state, and what the backward pass starts from."""
-    u, delta, B, C = (x.contiguous() for x in (u, delta, B, C))
+    u, delta, A, B, C = (x.contiguous() for x in (u, delta, A, B, C))
     if chunks == 1:
         return scan_tiles.forward(u, delta, A, B, C, state, keep=keep)
     length = u.shape[0]
@@ -212,7 +213,7 @@ def _run_back(
     chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C and the first state."""
-    u, delta, B, C, dy = (x.contiguous() for x in (u, delta, B, C, dy))
+    u, delta, A, B, C, dy = (x.contiguous() for x in (u, delta, A, B, C, dy))
     if chunks == 1:
         return scan_tiles.backward(u, delta, A, B, C, starts, dy, dlast)
     length, shapes = u.shape[0], [B.shape, C.shape]
@@ -325,10 +326,6 @@ def _opaque(
 
 
 # the layout of the public operator -------------------------------------------------------------------
-def _in_groups(x: Float[Tensor, "b d l"], groups: int) -> Float[Tensor, "l g b e"]:
-    return x.unflatten(1, (groups, -1)).permute(3, 1, 0, 2)
-
-
 def _coefficients(x: Tensor, groups: int) -> Float[Tensor, "l g b n e"]:
     """B or C in any of its forms, as `scan` takes it."""
     if x.ndim == 2:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
-from lynceus.layers.fused import linear
+from lynceus.layers.fused import linear, without_autocast
 from lynceus.layers.mixers import Place
 
 RIDGE = 0.01  # of the plain form, whose first step is 0.9 of the largest that is safe
@@ -171,11 +171,8 @@ class SoftmaxFreeAttention(nn.Module):
         self, q: Float[Tensor, "b g n d"], z: Float[Tensor, "b g m d"], v: Float[Tensor, "b g n d"]
     ) -> Float[Tensor, "b g n d"]:
         """K (A^+ (K' V)) of queries, landmarks and values."""
-        device = q.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._mix(q, z, v)
-        return self._mix(q, z, v)
+        with without_autocast(q):
+            return self._mix(q, z, v)
 
     def _mix(self, q: Tensor, z: Tensor, v: Tensor) -> Tensor:
         given, least = v.dtype, torch.promote_types(q.dtype, torch.float32)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lynceus
 from lynceus.backbones import FAMILIES
 from lynceus.backbones._table import family_module
+from lynceus.backbones.catalogue import describe
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, OptionError
 
@@ -412,3 +413,11 @@ def test_one_graph(traced):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles(model, backend):
     compiled_agrees(copy.deepcopy(model), backend)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_on_shapes_alone(name):
+    """`lynceus info` and `models` count without memory for weights, whatever the size."""
+    report = describe(name)
+    assert report.summary["MACs"] > 0
+    assert report.summary["parameters"] == sum(p.numel() for p in lynceus.create_model(name).parameters())
