@@ -13,8 +13,8 @@ from lynceus.backbones.from_timm import create_timm, list_timm
 from lynceus.backbones.pyramid import Pyramid, as_pyramid
 from lynceus.core.errors import AdviceError, OptionError
 
-NANO = ["convnext_nano", "resnet_nano", "swin_nano", "vit_nano"]
-PYRAMIDS = ["convnext_nano", "resnet_nano", "swin_nano", "vit_nano_pyramid"]
+NANO = ["convnext_nano", "halonet_nano", "resnet_nano", "soft_nano", "swin_nano", "vit_nano"]
+PYRAMIDS = ["convnext_nano", "halonet_nano", "resnet_nano", "soft_nano", "swin_nano", "vit_nano_pyramid"]
 
 
 @pytest.fixture(scope="module", autouse=True)

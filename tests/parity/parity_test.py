@@ -9,6 +9,8 @@ from lynceus.reengineer import parity
 
 HERE = Path(__file__).parent
 SLOW = {
+    "halonet50ts",
+    "soft_tiny_224",
     "resnet50",
     "swin_small_patch4_window7_224",
     "swin_tiny_patch4_window7_224x448",
