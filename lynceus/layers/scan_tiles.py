@@ -43,7 +43,7 @@ def forward(
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     last = u.new_empty(s, b, n, d)
     starts = u.new_empty(-(-length // steps) if keep else 0, s, b, n, d)
-    scaled = A * LOG2E
+    scaled = (A * LOG2E).contiguous()
     for some in _images(b, s * n * d, u):
         h = u.new_empty(min(steps, length) + 1, s, some.stop - some.start, n, d)
         a = _decay_buffer(h[1:], delta, A)
@@ -69,7 +69,7 @@ def ends(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Tensor:
     h = u.new_zeros(min(steps, length) + 1, s, b, n, d)
     a = _decay_buffer(h[1:], delta, A)
     each, decays = h.unbind(0), a.unbind(0)
-    scaled = A * LOG2E
+    scaled = (A * LOG2E).contiguous()
     for t in _tiles(length, steps):
         k = t.stop - t.start
         _fill(a[:k], h[1 : k + 1], u[t], delta[t], scaled, _part(B, t, slice(None)))
@@ -98,7 +98,7 @@ def backward(
     du, ddelta = torch.empty_like(u), u.new_empty(u.shape) if delta.shape[1] == s else torch.empty_like(delta)
     dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
     dstate = u.new_empty(s, b, n, d)
-    scaled = A * LOG2E
+    scaled = (A * LOG2E).contiguous()
     for some in _images(b, s * n * d, u):
         h = u.new_empty(min(steps, length) + 1, s, some.stop - some.start, n, d)
         g = torch.empty_like(h[1:])
@@ -131,7 +131,7 @@ def flows(delta: Tensor, A: Tensor, C: Tensor, dy: Tensor) -> Tensor:
     a = _decay_buffer(g, delta, A)
     pulls, decays = g.unbind(0), a.unbind(0)
     flow = torch.zeros_like(g[0])
-    scaled = (A * LOG2E)[:, None]
+    scaled = (A * LOG2E).contiguous()[:, None]
     for t in reversed(list(_tiles(length, steps))):
         k = t.stop - t.start
         torch.exp2(torch.mul(delta[t][..., None, :], scaled, out=a[:k]), out=a[:k])
