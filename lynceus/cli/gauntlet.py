@@ -14,7 +14,25 @@ from lynceus.cli._schema import merged, parse, take_option, with_options
 from lynceus.core.config import dump_yaml
 
 CONFIG = "lynceus.gauntlet.run:GauntletConfig"
-NANOS = ("convnext_nano", "resnet_nano", "swin_nano", "vit_nano")
+NANOS = (  # one of every family; written out, since help must not import torch
+    "convit_nano",
+    "convnext_nano",
+    "cvt_nano",
+    "halonet_nano",
+    "hornet_nano",
+    "hyena_vit_nano",
+    "lsnet_nano",
+    "plain_mamba_nano",
+    "resnas_nano",
+    "resnet_nano",
+    "soft_nano",
+    "spartan_nano",
+    "swin_nano",
+    "swin_v2_nano",
+    "vim_nano",
+    "vit_nano",
+    "volo_nano",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from lynceus.backbones import FAMILIES
 from lynceus.cli.__main__ import VERBS, main
 from lynceus.cli.check import CHECKS
+from lynceus.cli.gauntlet import NANOS
 from lynceus.cli.rewrite import REWRITES
 
 HELP = """
@@ -75,3 +77,7 @@ def test_yaml_and_flags_are_one_schema(tmp_path, capsys):
     file.write_text("bacth: 4\n")
     assert main(["cost", "vit_nano", "--config", str(file)]) == 2
     assert "batch" in capsys.readouterr().err
+
+
+def test_every_family_is_a_candidate():
+    assert set(NANOS) == {f"{family}_nano" for family in FAMILIES}
