@@ -355,12 +355,9 @@ def cvt(folder: Path, **options: Any) -> nn.Module:
 
     import timm.layers
 
-    code = imported(
-        folder,
-        "lib/models/cls_cvt.py",
-        stand_ins={"torch._six": {"container_abcs": collections.abc}, "timm.models.layers": vars(timm.layers)},
-        relative=True,
-    )
+    old: dict[str, dict[str, Any]] = {"torch._six": {"container_abcs": collections.abc}}
+    old["timm.models.layers"] = vars(timm.layers)
+    code = imported(folder, "lib/models/cls_cvt.py", stand_ins=old, relative=True)
     stages = 3
     spec = {
         "NUM_STAGES": stages,
