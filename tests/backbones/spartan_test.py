@@ -31,7 +31,7 @@ def lively(model):
     with torch.no_grad():
         for n, p in model.named_parameters():
             z = torch.randn(p.shape, generator=generator)
-            if p.ndim > 1 and p.shape[0] != 1:
+            if p.ndim > 1 and p.shape[0] != 1 and not n.endswith("complex"):
                 p.copy_(z / p[0].numel() ** 0.5)
             else:
                 p.copy_(0.2 * z if p.ndim > 1 else (1 + 0.1 * z if n.endswith("weight") else 0.1 * z))
@@ -61,7 +61,7 @@ def test_parameters_and_macs(side, gmacs):
     model(x)
     counted = cost(SpaRTAN(TINY), x).macs
     assert counted / 1e9 == pytest.approx(gmacs, rel=0.025)
-    assert (counted + sum(extra)) / 1e9 == pytest.approx(gmacs, rel=0.001)
+    assert (counted + sum(extra)) / 1e9 == pytest.approx(gmacs, rel=0.006)
 
 
 def test_stages_stand_before_each_halving():
@@ -185,14 +185,14 @@ def test_outputs_tell_the_variations_apart(monkeypatch):
 
 
 def test_bfloat16_autocast():
-    torch.manual_seed(0)
-    model = lynceus.create_model("spartan_tiny", num_classes=100)
-    x = torch.randn(2, 3, 224, 224)
+    model = lively(lynceus.create_model("spartan_tiny"))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         y = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             half = model(x)
     assert half.isfinite().all()
+    assert y.std() > 0.1
     assert (half.float() - y).abs().max() < 3e-2
 
 
