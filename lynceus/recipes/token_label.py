@@ -28,8 +28,17 @@ from lynceus.core.nouns import Task
 from lynceus.core.types import Batch, Sample
 from lynceus.layers.token_mix import NO_BOX, Box, draw_box, kept_share, swap_box
 from lynceus.recipes.supervised import Supervised, SupervisedConfig, random_crop_box, resized_crop
+from lynceus.train.fit import FitConfig
 
 LARGEST = 2048  # whole numbers up to here are exact in half precision
+
+
+# the authors' schedules; RandAugment, which they add to the views, is not here
+IMAGENET = FitConfig(epochs=300, batch_size=1024, lr=1.6e-3, weight_decay=0.05, warmup=20 / 300, betas=(0.9, 0.999))
+FINE_TUNE = FitConfig(  # at 384 or 448 pixels, with TokenLabelConfig(ground_truth=True)
+    epochs=30, batch_size=512, lr=8e-6, final_lr=0.5, weight_decay=1e-8, warmup=5 / 30, betas=(0.9, 0.999)
+)
+VIEWS = SupervisedConfig(view=224, scale=(0.08, 1.0), flip=0.5, erase=0.25)
 
 
 # losses -------------------------------------------------------------------------------------------
@@ -333,7 +342,12 @@ class TokenLabel(Supervised):
             maps = annotate(self._annotator[0], image)
             boxes = image.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(maps), -1)
             return token_targets(maps, boxes, batch.label, num_classes=k, size=size, smoothing=smoothing)
-        maps = torch.stack([e["label_map"] for e in batch.extra]).to(image.device)
+        found = [e["label_map"] for e in batch.extra]
+        if len({m.shape for m in found}) > 1:
+            raise AdviceError(
+                "Label maps of several sizes make no batch; label_maps(annotator, data, size=224) makes them alike."
+            )
+        maps = torch.stack(found).to(image.device)
         boxes = torch.stack([e["crop"] for e in batch.extra]).to(image.device)
         mirrored = torch.tensor([e["mirrored"] for e in batch.extra], device=image.device)
         return token_targets(maps, boxes, batch.label, num_classes=k, size=size, mirrored=mirrored, smoothing=smoothing)

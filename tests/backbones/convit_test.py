@@ -17,6 +17,7 @@ from lynceus.layers.attention import Attention
 from lynceus.layers.gated_position import GatedPositionAttention
 from lynceus.layers.position import resize_position
 from lynceus.recipes.supervised import Supervised
+from lynceus.reengineer.keys import convit as keys
 from lynceus.tasks.classify import Classify
 from lynceus.train.optim import param_groups
 
@@ -168,3 +169,20 @@ def test_nano_learns_the_digits():
     torch.manual_seed(0)
     report, _ = learn_digits(lynceus.create_model("convit_nano", num_classes=10).train(), 32, epochs=15)
     assert report.summary["accuracy"] >= 0.97
+
+
+def test_records_of_the_attention_alone_are_rebuilt():
+    """By its own constructor names; a square number of tokens is a square map."""
+    layer = keys.build({"dim": 24, "num_heads": 4, "locality_strength": 2.0, "qkv_bias": True, "use_local_init": True})
+    assert layer.locality == 2.0
+    x = torch.randn(2, 25, 24)
+    with torch.no_grad():
+        found = keys.compare(layer, {"x": x}, {"outputs": {"attn": {}, "out": {}}})
+        assert found["attn"].shape == (2, 4, 25, 25)
+        assert torch.allclose(found["out"], layer(x.view(2, 5, 5, 24)).flatten(1, 2))
+    with pytest.raises(AdviceError, match="num_heads"):
+        keys.build({"dim": 24, "num_head": 4})
+    with pytest.raises(AdviceError, match="local_up_to_layer"):
+        keys.build({"embed_dim": 24, "local_up_to_layers": 4})
+    with pytest.raises(AdviceError, match="hybrid"):
+        keys.build({"hybrid_backbone": "resnet50"})

@@ -15,6 +15,7 @@ from lynceus.core.errors import AdviceError
 from lynceus.layers.class_attention import ClassAttention
 from lynceus.layers.token_mix import cut_box, draw_box, kept_share, swap_box
 from lynceus.recipes.supervised import Supervised
+from lynceus.reengineer.keys import volo as keys
 from lynceus.tasks.classify import Classify
 
 FACTS = {  # parameters, GMACs at 224
@@ -203,3 +204,16 @@ def test_nano_learns_the_digits():
     torch.manual_seed(0)
     model = lynceus.create_model("volo_nano", num_classes=10).train()
     assert learn_digits(model, epochs=10).summary["accuracy"] >= 0.97
+
+
+def test_authors_names_build_what_they_say():
+    small = {"layers": [1, 2], "embed_dims": [24, 48], "num_heads": [2, 4], "mlp_ratios": [3, 2], "num_classes": 3}
+    model = keys.build({**small, "img_size": 64, "post_layers": None, "return_mean": True, "return_dense": False})
+    assert model.cls_token is None
+    assert model.config.downsamples == model.config.outlook == (True, False)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    assert keys.build({"dim": 24, "num_heads": 2, "kernel_size": 5, "padding": 2, "stride": 2}).kernel == 5
+    with pytest.raises(AdviceError, match="'ca'"):
+        keys.build({**small, "post_layers": ["sa"]})
+    with pytest.raises(AdviceError, match="embed_dims"):
+        keys.build({**small, "embed_dim": 3})

@@ -216,6 +216,10 @@ def test_mistakes_are_explained(data):
         made("vit_nano", labels={}, views=SupervisedConfig(view=32)).transform(data[0], rng.generator(0))
     with pytest.raises(AdviceError, match="dense_weight"):
         TokenLabelConfig(dense_weight=-1)
+    maps = {s.id: torch.rand(2, 5, 2 + i % 2, 2).half() for i, s in enumerate(data)}
+    recipe = made("vit_nano", labels=maps, views=SupervisedConfig(view=32))
+    with pytest.raises(AdviceError, match="several sizes"):
+        recipe(collate([recipe.transform(data[i], rng.generator(0)) for i in range(2)]))
     unlabelled = replace(data[0], label=None)
     with pytest.raises(AdviceError, match="one label"):
         made("vit_nano")(collate([unlabelled, unlabelled]))

@@ -77,7 +77,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str,
     features: what the classifier reads, after the final norm; logits."""
     with torch.no_grad():
         if isinstance(model, GatedPositionAttention):
-            return _compare_layer(model, next(iter(inputs.values())))
+            return _compare_layer(model, next(iter(inputs.values())), record)
         assert isinstance(model, ConViT)
         image = inputs["image"]
         wanted = sorted(int(n.removeprefix("block")) for n in record["outputs"] if n.startswith("block"))
@@ -107,9 +107,9 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
-def _compare_layer(model: GatedPositionAttention, x: Tensor) -> dict[str, Tensor]:
-    """The input is tokens of a square map, as the authors' code takes them, or a map."""
+def _compare_layer(model: GatedPositionAttention, x: Tensor, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The input is tokens of a square map, as the authors' code takes them, or a map; attn...: the attention."""
     side = round(x.shape[1] ** 0.5)
     x = x if x.ndim == 4 else x.reshape(x.shape[0], side, side, x.shape[-1])
     out, attention = _flat(model(x)), model.attention(x)
-    return {"out": out, "output": out, "y": out, "attn": attention, "attention": attention}
+    return {name: attention if name.startswith("attn") else out for name in record["outputs"]}

@@ -67,6 +67,10 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
                 "VOLO constructor argument", name, {*_NAMES, *_UNUSED, "img_size", "post_layers", "return_mean"}
             )
     fields.setdefault("class_layers", 0)
+    first = (True, *[False] * (len(fields.get("layers", (0,) * 4)) - 1))
+    for name in ("downsamples", "outlook"):
+        fields.setdefault(name, first)
+    fields.setdefault("mlp_ratios", (3.0,) * len(first))
     return VOLO(VOLOConfig(**fields))
 
 
@@ -95,7 +99,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str,
     with torch.no_grad():
         if isinstance(model, OutlookAttention):
             out = model(next(iter(inputs.values())))
-            return {"out": out, "output": out, "y": out}
+            return dict.fromkeys(record["outputs"], out)
         assert isinstance(model, VOLO)
         if "target_noise" in inputs:
             return _training(model, inputs, record)
