@@ -152,6 +152,16 @@ def test_windows_hold_their_mixer_in():
         assert torch.equal(reached, inside)
 
 
+def test_hyena_inside_the_windows_of_swin():
+    """The paper's Swin: the layer's grid is the window, whatever the stage, and every second block's are moved."""
+    made = Swap(mixer="hyena", window=4)(swin())
+    sites = made.mixer_sites()
+    assert all(m.grid == (4, 4) for m in mixers(made))
+    assert [made.get_submodule(s.path).shift for s in sites] == [2 * (s.place.index % 2) for s in sites]
+    made.train()(image(29, 35)).square().sum().backward()
+    assert all(p.grad is not None for m in mixers(made) for p in m.parameters())
+
+
 def test_files_of_backbones_of_tasks_and_of_both(tmp_path):
     task = Classify(num_classes=7)
     first, second = Swap(mixer="hyena", blocks="first half"), Swap(mixer="depthwise", blocks=(0, 1), seed=3)
