@@ -8,6 +8,7 @@ Licence: Apache-2.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -139,7 +140,6 @@ class Vim(Backbone):
     cls_token: nn.Parameter
     cls_token_head: nn.Parameter
     cls_token_tail: nn.Parameter
-    antialias_positions = False
 
     def __init__(self, config: VimConfig):
         c = config
@@ -168,7 +168,8 @@ class Vim(Backbone):
     def init_weights(self) -> None:
         """Patches LeCun normal; tables, tokens and classifier truncated normals of 0.02; out_proj / sqrt(depth)."""
         patches = self.patch_embed.proj
-        nn.init.trunc_normal_(patches.weight, std=patches.weight[0].numel() ** -0.5 / 0.87962566103423978)
+        std = patches.weight[0].numel() ** -0.5 / 0.87962566103423978  # of what is then cut at two of it
+        nn.init.trunc_normal_(patches.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
         for name, p in self.named_parameters():
             if name.startswith(("cls_token", "pos_embed")) or name == "head.weight":
@@ -221,10 +222,14 @@ class Vim(Backbone):
 
     def positions(self, size: tuple[int, int]) -> Float[Tensor, "1 m d"]:
         """The table for a grid of patches, with the class tokens' rows in their places."""
-        table, old = self.pos_embed, self.grid
-        assert table is not None
-        if not torch.compiler.is_exporting() and size == old:
-            return table
+        assert self.pos_embed is not None
+        if not torch.compiler.is_exporting() and size == self.grid:
+            return self.pos_embed
+        return self._resized(self.pos_embed, self.grid, size)
+
+    def _resized(
+        self, table: Float[Tensor, "1 m d"], old: tuple[int, int], size: tuple[int, int]
+    ) -> Float[Tensor, "1 k d"]:
         grid = resize_position(self.patches(table, old), old, size, antialias=False)
         where = self.config.class_token
         if where == "none":
@@ -233,6 +238,16 @@ class Vim(Backbone):
             return torch.cat([table[:, :1], grid, table[:, -1:]], 1)
         at, here = self.place(old[0] * old[1]), self.place(size[0] * size[1])
         return torch.cat([grid[:, :here], table[:, at : at + 1], grid[:, here:]], 1)
+
+    def resize_own_table(self, value: Tensor, name: str) -> tuple[Tensor, str] | None:
+        """A checkpoint's square position table for this model's grid, class tokens kept where they stand."""
+        if name != "pos_embed" or value.ndim != 3:
+            return None
+        side = math.isqrt(max(value.shape[1] - self.config.extra, 0))
+        if side == 0 or side * side + self.config.extra != value.shape[1]:
+            return None
+        done = f"resize_positions {side}x{side} -> {self.grid[0]}x{self.grid[1]} (bicubic, class token kept)"
+        return self._resized(value, (side, side), self.grid), done
 
     def run(
         self, image: Float[Tensor, "b c h w"], wanted: Sequence[int] = (), *, stop: bool = False

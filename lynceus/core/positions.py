@@ -44,7 +44,14 @@ def resize_spectrum(table: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_table(value: Tensor, name: str, target: Tensor, model: nn.Module) -> tuple[Tensor, str] | None:
-    """(resized value, what was done), or None when the two are not tables of one kind."""
+    """(resized value, what was done), or None when the two are not tables of one kind.
+
+    A model whose table has its own order says how by a method `resize_own_table(value, name)`, with the same result.
+    """
+    own = getattr(model, "resize_own_table", None)
+    if own is not None and (made := own(value, name)) is not None and made[0].shape == target.shape:
+        resized: tuple[Tensor, str] = made
+        return resized
     have, want = tuple(value.shape), tuple(target.shape)
     if len(have) == 2 and len(want) == 2 and have[1] == want[1] and "bias_table" in name:
         if math.isqrt(have[0]) ** 2 != have[0] or math.isqrt(want[0]) ** 2 != want[0]:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from lynceus.core.errors import AdviceError
 from lynceus.layers import scan_tiles
@@ -348,3 +349,10 @@ def _check_coefficients(name: str, x: Tensor, b: int, d: int, states: int, lengt
             f"{name} has the shape {tuple(x.shape)}; it may be ({b}, {states}, {length}), ({b}, groups, {states}, "
             f"{length}) with groups a divisor of {d}, or ({d}, {states}) where it is constant."
         )
+
+
+@register_flop_formula(torch.ops.lynceus.scan)
+def _operations(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """9 per token, channel and state (Mamba's count: decay, input, recurrence, output; the exponential left out)."""
+    t, s, b, d = u
+    return int(9 * t * s * b * d * A[1])

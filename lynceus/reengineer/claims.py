@@ -136,6 +136,42 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "Masks and bias indices are built on demand instead of stored; such buffers in a checkpoint are ignored.",
         ],
     },
+    "vim": {
+        "paper": "Vision Mamba, ICML 2024, arXiv 2401.09417",
+        "code": "hustvl/Vim@dd0358ad1e42",
+        "licence": "Apache-2.0",
+        "counts": {"vim_tiny": (7_148_008, None)},
+        "macs_note": "no count is taken over; ours holds the scans with 9 operations per token, channel and state",
+        "metrics": {
+            "vim_tiny": 76.1,
+            "vim_tiny_stride8": 78.3,
+            "vim_small": 80.5,
+            "vim_small_stride8": 81.6,
+            "vim_base": 81.9,
+        },
+        "metrics_note": "the repository's table; stride 8 is fine-tuned from stride 16",
+        "deviations": [
+            "Images of any size, positions resized around the class token's row; the reference asserts its size.",
+            "The scan is computed in chunks with a closed-form backward; the recurrence is the same.",
+        ],
+    },
+    "plain_mamba": {
+        "paper": "PlainMamba: Improving Non-hierarchical Mamba in Visual Recognition, BMVC 2024, arXiv 2403.17695",
+        "code": "ChenhongyiYang/PlainMamba@0975a1d0d8bc",
+        "licence": "Apache-2.0",
+        "counts": {
+            "plain_mamba_l1": (7_551_656, None),
+            "plain_mamba_l2": (26_145_832, None),
+            "plain_mamba_l3": (50_956_456, None),
+        },
+        "macs_note": "the repository rounds parameters to 7.3, 25.7 and 50.5 million and leaves something out",
+        "metrics": {"plain_mamba_l1": 77.9, "plain_mamba_l2": 81.6, "plain_mamba_l3": 82.3},
+        "metrics_note": "the repository's table",
+        "deviations": [
+            "As in the released code the step bias counts twice, and steps, B and C stay in raster order.",
+            "The four sweeps run as one scan whose decays are made once.",
+        ],
+    },
     "hyena_vit": {
         "paper": "Multi-Dimensional Hyena for Spatial Inductive Bias, AISTATS 2024, arXiv 2309.13600",
         "code": "Itamarzimm/HyenaND@e8b875ea852b",
