@@ -112,10 +112,16 @@ class ConvEmbed(nn.Module):
         self.conv2 = ConvNormAct(middle, middle)
         self.conv3 = ConvNormAct(middle, middle)
         self.conv_proj = nn.Conv2d(middle, dim, patch // 2, patch // 2)
+        self.folds = Folds()
+
+    def train(self, mode: bool = True) -> ConvEmbed:
+        self.folds.forget()
+        return super().train(mode)
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b H W d"]:
         first = self.conv1(pad_image(image, self.patch))
-        return self.conv_proj(self.conv3(self.conv2(first)) + first).permute(0, 2, 3, 1)
+        x = self.conv3(self.conv2(first)) + first
+        return conv_bn(x, self.conv_proj, nn.Identity(), folds=self.folds, name="proj").permute(0, 2, 3, 1)
 
 
 class Reduction(nn.Module):
@@ -133,6 +139,11 @@ class Reduction(nn.Module):
         self.token_transform = nn.Linear(dim, out)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], out))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.folds = Folds()
+
+    def train(self, mode: bool = True) -> Reduction:
+        self.folds.forget()
+        return super().train(mode)
 
     def forward(self, x: Float[Tensor, "b n c"], size: tuple[int, int]) -> Float[Tensor, "b m d"]:
         """x: extra tokens, then a map of `size`; a last odd row or column is halved alone."""
@@ -140,7 +151,8 @@ class Reduction(nn.Module):
 
     def reduce(self, x: Float[Tensor, "b n c"], normed: Float[Tensor, "b n c"], size: tuple[int, int]) -> Tensor:
         extra = self.extra
-        patches = self.patch_reduce(_map(normed, extra, size))
+        patches = _map(normed, extra, size)
+        patches = conv_bn(patches, self.patch_reduce, nn.Identity(), folds=self.folds, name="reduce")
         new = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)
         patches = patches + resize_position(self.pos_embed, self.grid, (new[0], new[1]), antialias=False)
