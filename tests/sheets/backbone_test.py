@@ -333,6 +333,8 @@ SHALLOW = {
     "soft_nano": {"depths": (1, 1, 1, 1), "newton_iterations": 5},
     "spartan_nano": {"depths": (1, 0, 0, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
+    "plain_mamba_nano": {"depth": 2},
+    "vim_nano": {"depth": 2},
     "vit_nano": {"depth": 3},
     "volo_nano": {"layers": (1, 1, 1, 1)},
 }
