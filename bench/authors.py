@@ -421,6 +421,19 @@ def lsnet(folder: Path, *, variant: str = "lsnet_t") -> nn.Module:
         module.ab = module.attention_biases.detach()[:, module.attention_bias_idxs]
         module.stale.remove()
 
+    def settle() -> None:
+        """Batch norms take the statistics that the weights give."""
+        for module in net.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.momentum = 1.0
+        with torch.no_grad():
+            net.train()(torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(2)))
+        for module in net.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.momentum = 0.1
+        net.eval()
+
+    vars(net)["settle"] = settle
     for module in net.modules():
         if hasattr(module, "attention_bias_idxs"):
             vars(module)["stale"] = module.register_forward_pre_hook(renew)

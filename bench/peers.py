@@ -109,6 +109,7 @@ def pair(peer: Peer, workdir: str, *, any_size: bool = False) -> tuple[nn.Module
     Stochastic depth is off in both, so that training steps do equal work."""
     theirs = peer_model(peer.peer, peer.options, any_size=any_size).eval()
     fill(theirs)
+    getattr(theirs, "settle", lambda: None)()  # nets whose signal would grow through random weights
     file = f"{workdir}/weights.pt"
     torch.save(getattr(theirs, "inner", theirs).state_dict(), file)
     for module in theirs.modules():
