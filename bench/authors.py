@@ -449,7 +449,7 @@ def vit_search(folder: Path, *, definition: str, size: int = 224) -> nn.Module:
 
     from lynceus.backbones.resnas_definition import parse
 
-    stand_ins = {
+    stand_ins: dict[str, dict[str, Any]] = {
         "timm.models.layers": vars(timm.layers),
         "timm.models.registry": {"register_model": lambda f: f},
         "timm.models.vision_transformer": {"PatchEmbed": timm.layers.PatchEmbed, "_cfg": dict},

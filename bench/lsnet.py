@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import lynceus
 from lynceus.core.cost import cost
 
-CARD = {
+CARD: dict[str, Any] = {
     "image_size": (32, 32),
     "stem_stride": 8,
     "embed_dim": (32, 48, 64, 96),
