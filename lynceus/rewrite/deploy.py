@@ -102,8 +102,8 @@ class Deployed(nn.Module):
 
     `model` holds the weights, in the original's dtype; what runs is made from them at the first call, and again when
     they changed. Where gradients are asked for (of the image, or of a parameter that was unfrozen), inside
-    torch.compile and torch.export, in float64 and on another device, it is the plain model that runs. Other names are
-    the plain model's.
+    torch.compile and torch.export, under a counter of operations, in float64 and on another device, it is the plain
+    model that runs. Other names are the plain model's.
     """
 
     def __init__(self, model: nn.Module, config: Deploy, report: Report | None = None):
@@ -145,7 +145,12 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> Any:
         first = next(self.model.parameters(), None)
-        foreign = image.dtype == torch.float64 or (first is not None and image.device != first.device)
+        foreign = (
+            image.dtype == torch.float64
+            or image.device.type == "meta"
+            or (first is not None and image.device != first.device)
+            or torch._C._len_torch_dispatch_stack() > 0  # e.g. a counter of operations, which knows ordinary ones
+        )
         wanted = torch.is_grad_enabled() and (image.requires_grad or any(p.requires_grad for p in self.parameters()))
         if wanted or foreign or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self.model(image)

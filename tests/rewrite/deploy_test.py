@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lynceus
+from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError, OptionError
 from lynceus.core.nouns import Rewrite, chain
 from lynceus.core.report import Report
@@ -254,6 +255,14 @@ def test_changed_weights_are_seen(net, images, way):
         assert (made(images) - other(images)).abs().max() < 0.05
     double = made.double()(images.double())
     assert torch.allclose(double, copy.deepcopy(other).double()(images.double()), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_its_cost_is_the_model_s(net, images):
+    made = Deploy(ways=("packed",), threads=(1,))(net, None)
+    before, after = cost(net, images), cost(made, images)
+    assert (before.params, before.macs) == (after.params, after.macs)
+    assert before.macs > 0
 
 
 def test_copies_pickles_and_chains(fast, net, images):
