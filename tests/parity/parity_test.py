@@ -9,6 +9,7 @@ from lynceus.reengineer import parity
 
 HERE = Path(__file__).parent
 SLOW = {
+    "vit_resnas_small_280_10classes",
     "halonet50ts",
     "soft_tiny_224",
     "resnet50",
