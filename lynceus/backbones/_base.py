@@ -48,6 +48,7 @@ class Backbone(nn.Module):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     head_name: str = "head"  # attribute that holds the classifier
+    more_heads: tuple[str, ...] = ()  # and those of further ones, which a checkpoint's are dropped with
 
     def __init__(self, config: Any, stages: Sequence[Stage]):
         super().__init__()

@@ -70,7 +70,7 @@ def match_weights(
     )
     if rules is not None:
         del tables["ours"]
-    drop = name if head == "drop" or without else None
+    drop = (name, *getattr(model, "more_heads", ())) if head == "drop" or without else None
     return best_table(state, model, tables, resize=resize, ignore=ignore, head=drop)
 
 

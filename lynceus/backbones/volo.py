@@ -145,6 +145,7 @@ class VOLO(Backbone):
     """
 
     config: VOLOConfig
+    more_heads = ("aux_head",)
 
     def __init__(self, config: VOLOConfig):
         c = config
@@ -213,6 +214,15 @@ class VOLO(Backbone):
     def _position(self, height: int, width: int) -> Float[Tensor, "1 h w c"]:
         table = resize_position(self.pos_embed.flatten(1, 2), self.config.grid, (height, width), antialias=False)
         return table.view(1, height, width, -1)
+
+    def resize_own_table(self, value: Tensor, name: str) -> tuple[Tensor, str] | None:
+        """The position table of a checkpoint (1, h, w, c) at this model's grid, and what was done."""
+        table = self.pos_embed
+        if name != "pos_embed" or table is None or value.ndim != 4 or value.shape[3] != table.shape[3]:
+            return None
+        old, new = (int(value.shape[1]), int(value.shape[2])), self.config.grid
+        resized = resize_position(value.flatten(1, 2), old, new, antialias=False).view(1, *new, -1)
+        return resized, f"resize_positions {old[0]}x{old[1]} -> {new[0]}x{new[1]} (bicubic)"
 
     def finish(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b n c"]:
         """The last map as tokens, through class attention and the final norm: class token first, if there is one."""

@@ -139,13 +139,13 @@ def match(
     *,
     resize: bool = True,
     ignore: Sequence[str] = (),
-    head: str | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> Matching:
     """Sets `state` against `model` under `rules`. Strict: whatever finds no place is in the account.
 
     resize: position tables of another size are resized to the model's, with a line in the account.
     ignore: regular expressions; entries of the file whose names match may find no place.
-    head: the classifier's module name; its entries, on both sides, may disagree ("drop head").
+    head: the classifier's module name, or several; their entries, on both sides, may disagree ("drop head").
     """
     own = {**model.state_dict(keep_vars=True)}
     persistent_buffers = {n for n, _ in model.named_buffers()}
@@ -169,7 +169,7 @@ def match(
         value, target = entry.value, own[name]
         if value.shape != target.shape:
             resized = resize_table(value, name, target, model) if resize and TABLES.search(name) else None
-            if resized is None and head and name.startswith(head + "."):
+            if resized is None and _in_head(name, head):
                 account.dropped.append((entry.origin, f"head of {value.shape[0]} classes dropped"))
                 account.fresh.append(name)
                 continue
@@ -200,7 +200,7 @@ def best_table(
     *,
     resize: bool = True,
     ignore: Sequence[str] = (),
-    head: str | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> Matching:
     """The match under the table of `sources` (or our own names) that leaves the fewest names without a place."""
     best: Matching | None = None
@@ -220,7 +220,11 @@ def best_table(
 
 
 def _what_is_missing(
-    own: dict[str, Tensor], buffers: set[str], values: dict[str, Tensor], account: Account, head: str | None
+    own: dict[str, Tensor],
+    buffers: set[str],
+    values: dict[str, Tensor],
+    account: Account,
+    head: str | Sequence[str] | None,
 ) -> None:
     placed = {id(own[n]) for n in values}
     claimed = {*values, *account.untouched, *account.fresh, *(w.ours for w in account.wrong_shape)}
@@ -232,17 +236,22 @@ def _what_is_missing(
             account.tied.append((name, twin))
         elif name in buffers and (_rebuilt(name) or not torch.is_floating_point(target)):
             account.untouched.append(name)
-        elif head and name.startswith(head + "."):
+        elif _in_head(name, head):
             account.fresh.append(name)
         else:
             account.missing.append(name)
             account.wanted[name] = tuple(target.shape)
 
 
-def _why_ignored(name: str, origin: str, ignore: Sequence[str], head: str | None) -> str:
+def _in_head(name: str, head: str | Sequence[str] | None) -> bool:
+    heads = (head,) if isinstance(head, str) else head or ()
+    return name.startswith(tuple(h + "." for h in heads))
+
+
+def _why_ignored(name: str, origin: str, ignore: Sequence[str], head: str | Sequence[str] | None) -> str:
     if _rebuilt(name):
         return "rebuilt by the model"
-    if head and name.startswith(head + "."):
+    if _in_head(name, head):
         return "head dropped"
     if any(re.search(p, name) or re.search(p, origin) for p in ignore):
         return "ignored as asked"

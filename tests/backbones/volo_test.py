@@ -9,6 +9,7 @@ from timm.models.volo import VOLO as Peer
 import lynceus
 import lynceus.data
 from lynceus import FitConfig, fit
+from lynceus.backbones._weights import load_weights
 from lynceus.backbones.volo import VARIANTS, VOLO, VOLOConfig
 from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError
@@ -217,3 +218,20 @@ def test_authors_names_build_what_they_say():
         keys.build({**small, "post_layers": ["sa"]})
     with pytest.raises(AdviceError, match="embed_dims"):
         keys.build({**small, "embed_dim": 3})
+
+
+def test_a_checkpoint_of_another_size_and_other_classes(tmp_path):
+    """The table is resized as on the fly; both classifiers are left fresh when they are to be dropped."""
+    model = filled(VOLO(MICRO)).eval()
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    larger = VOLO(replace(MICRO, image_size=(48, 64))).eval()
+    load_weights(larger, tmp_path / "small.pt")
+    x = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        assert torch.allclose(larger(x), model(x), atol=1e-4)
+    other = VOLO(replace(MICRO, num_classes=3)).eval()
+    with pytest.raises(AdviceError, match="head"):
+        load_weights(other, tmp_path / "small.pt")
+    load_weights(other, tmp_path / "small.pt", head="drop")
+    with torch.no_grad():
+        assert torch.allclose(other.forward_stages(x)[-1], model.forward_stages(x)[-1])
