@@ -41,11 +41,10 @@ def digits(count: int, size: int) -> tuple[Tensor, Tensor]:
     return (image - 0.45) / 0.23, torch.from_numpy(found.target)[order]
 
 
-def fit(ours: Any, theirs: Any, image: Tensor, label: Tensor, batch: int) -> float:
-    """The same 10-class head on both networks; accuracy on the second half of the pictures."""
+def fit(ours: Any, theirs: Any, image: Tensor, label: Tensor, half: int, batch: int) -> float:
+    """The same 10-class head on both networks, from the first `half` pictures; accuracy on the others."""
     with torch.inference_mode():
         vectors = torch.cat([ours.forward_head(ours.forward_features(x), pre_logits=True) for x in image.split(batch)])
-    half = len(image) // 2
     mean, scale = vectors[:half].mean(0), vectors[:half].std(0) + 1e-6
     a = F.pad((vectors[:half] - mean) / scale, (0, 1), value=1.0).double()
     target = 2.0 * F.one_hot(label[:half], 10).double() - 1
@@ -76,9 +75,9 @@ def measure(name: str, args: argparse.Namespace, workdir: str) -> dict[str, Any]
         assert peer is not None
         ours, theirs = pair(peer, workdir)
         shared = theirs
-    image, label = digits(2 * args.images, args.size)
-    accuracy = fit(ours, shared, image, label, args.batch)
-    example, judges = image[: args.batch].clone(), image[args.images :]
+    image, label = digits(args.fit + args.images, args.size)
+    accuracy = fit(ours, shared, image, label, args.fit, args.batch)
+    example, judges = image[: args.batch].clone(), image[args.fit :]
     begun = time.perf_counter()
     config = Deploy(ways=args.ways, seconds=args.seconds, threads=tuple(args.deploy_threads or [args.threads]))
     fast = config(ours, example, judges)
@@ -122,7 +121,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", help="default: all that suit the machine")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--images", type=int, default=200, help="pictures to judge on; as many to fit the head")
+    parser.add_argument("--images", type=int, default=200, help="pictures to judge on")
+    parser.add_argument("--fit", type=int, default=600, help="pictures to fit the heads on")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing per way")
     parser.add_argument("--compare", type=float, default=20.0, help="seconds of timing beside timm")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
