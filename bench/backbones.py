@@ -49,7 +49,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("swinv2_tiny_window8_256", "timm:swinv2_tiny_window8_256", size=256),
     Peer("halonet_h1", "timm:halonet_h1", size=256, changes={"attention": (HaloOptions(heads=8),)}, goal=False),
     Peer("eca_halonext26ts", "timm:eca_halonext26ts", size=256, goal=False),
-    Peer("swinv2_tiny_window8_256", "timm:swinv2_tiny_window8_256", size=256),
     Peer("swinv2_tiny_window16_256", "timm:swinv2_tiny_window16_256", size=256),
     Peer("cvt_13", "authors:cvt"),
     Peer("lsnet_t", "authors:lsnet"),

@@ -54,8 +54,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 def folding(seconds: float) -> dict[str, float]:
-    """CvT-13, one picture of 224 px: with batch norms folded, and unfolded because somebody listens to them. CPU time on one
-    thread, else wall time."""
+    """CvT-13, one picture of 224 px: with batch norms folded, and unfolded because somebody listens to them.
+
+    CPU time on one thread, else wall time.
+    """
     model, x = lynceus.create_model("cvt_13"), torch.randn(1, 3, 224, 224)
     fill(model)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

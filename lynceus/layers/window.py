@@ -172,43 +172,46 @@ class AnyWindowAttention(nn.Module):
         if lean:
             x = self._some_at_a_time(x, self._bias_kept(rows, columns, x.dtype), b)
         else:
-            x = self.attend(x, self._repeated(self.bias(rows, columns, x.dtype), b))
+            x = self.attend(x, self.bias(rows, columns, x.dtype), b)
         return from_windows(self.proj_drop(x), (b, h, w), self.window, self.shift)
 
-    def attend(self, x: Float[Tensor, "windows cells c"], bias: Tensor) -> Float[Tensor, "windows cells c"]:
-        """Attention inside windows; bias: (1 or windows, heads, cells, cells), added to the logits."""
+    def attend(self, x: Float[Tensor, "windows cells c"], bias: Tensor, batch: int) -> Float[Tensor, "windows cells c"]:
+        """Attention inside windows; bias: what `bias` gives for the windows of one image out of `batch`."""
         q, k, v = self.heads_of(x)
-        drop = self.attn_drop if self.training else 0.0
         # heads that came in float32 although autocast is on stay in it
         precise = q.dtype == torch.float32 and autocasting(q)
         with torch.autocast(q.device.type, enabled=False) if precise else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q, k, v.to(q.dtype), attn_mask=bias.to(q.dtype), dropout_p=drop, scale=self.scale
-            )
+            y = self._mix(q, k, v.to(q.dtype), bias.to(q.dtype), batch)
         y = y.transpose(1, 2)
         if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
             y = y.clone(memory_format=torch.contiguous_format)
         return linear(self.proj, y.reshape(x.shape))
 
-    def _repeated(self, bias: Tensor, batch: int) -> Tensor:
-        """The bias of one image's windows for `batch` images."""
-        if not self.shift:
-            return bias
-        return bias[None].expand(batch, -1, -1, -1, -1).reshape(-1, *bias.shape[1:])
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, batch: int) -> Tensor:
+        drop = self.attn_drop if self.training else 0.0
+        if torch.is_grad_enabled() and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            # no fused kernel there has a gradient for the bias; written out, the bias need not be repeated
+            scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            logits = (q if scale == 1 else q * scale) @ k.transpose(-2, -1)
+            logits = (logits.view(batch, -1, *logits.shape[1:]) + bias).view(logits.shape)
+            return F.dropout(logits.softmax(-1), drop, drop > 0) @ v
+        if self.shift:
+            bias = bias[None].expand(batch, -1, -1, -1, -1).reshape(-1, *bias.shape[1:])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
 
     def _some_at_a_time(self, x: Tensor, bias: Tensor, batch: int) -> Tensor:
         """`attend` on no more windows at a time than the cache holds."""
         count, cells, c = x.shape
         most = max(PIECE * torch.get_num_threads() // (cells * 3 * c * x.element_size()), 1)
         if count <= 2 * most or hooked(self.qkv, self.proj):
-            return self.attend(x, self._repeated(bias, batch))
+            return self.attend(x, bias, batch)
         out = torch.empty_like(x)
         each = count // batch
         for start in range(0, count, each):  # image by image, since shifted windows differ inside one only
             for first in range(0, each, most):
                 last = min(first + most, each)
                 own = bias[first:last] if self.shift else bias
-                out[start + first : start + last] = self.attend(x[start + first : start + last], own)
+                out[start + first : start + last] = self.attend(x[start + first : start + last], own, 1)
         return out
 
 
