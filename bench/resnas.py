@@ -1,4 +1,4 @@
-"""ViT-Res with and without the shortcut of its reductions: twelve blocks on digits at 32 x 32, both losses side by side.
+"""ViT-Res with and without the shortcut of its reductions: twelve blocks on digits at 32 x 32, both losses.
 
 python -m bench.resnas                      # two seeds
 python -m bench.resnas --epochs 12 --seeds 3 --out figures.json
