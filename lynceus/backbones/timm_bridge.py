@@ -29,7 +29,7 @@ from lynceus.backbones.pyramid import Pyramid, as_pyramid
 from lynceus.core.errors import AdviceError, OptionError
 
 PREFIX = "lynceus_"
-COLUMNAR = frozenset({"vit"})  # families that are registered as pyramids too
+COLUMNAR = frozenset({"plain_mamba", "vim", "vit"})  # families that are registered as pyramids too
 
 
 def register() -> list[str]:
