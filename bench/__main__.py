@@ -4,7 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALONE = ("backbones", "scan", "deploy", "swin", "swin_v2", "cvt", "halonet", "soft", "data", "train", "reengineer")  # minutes each
+ALONE = (
+    "backbones",
+    "scan",
+    "deploy",
+    "swin",
+    "swin_v2",
+    "cvt",
+    "halonet",
+    "soft",
+    "data",
+    "train",
+    "reengineer",
+)  # minutes each
 IMAGES = (
     "crop_selection",
     "gauntlet",
