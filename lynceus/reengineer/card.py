@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from lynceus.backbones._table import FAMILIES, family_module
+from lynceus.backbones._table import family_module
 from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.reengineer.claims import CLAIMS, PROTOCOL, UNMEASURED
-from lynceus.reengineer.parity import check_record, read_record
+from lynceus.reengineer.parity import FAMILIES, check_record, read_record
 
 CHECKED = ("record", "reference", "outputs", "largest difference / std", "tolerance", "verdict")
 COUNTED = ("variant", "parameters claimed", "parameters measured", "MACs claimed (G)", "MACs measured (G)", "remark")
@@ -118,7 +118,7 @@ def card(
     checked = [_checked(p) for p in records if read_record(p)["family"] in slugs(family)]
     counts = [_counted(family, v, claims["counts"][v], claims["macs_note"]) for v in variants or claims["counts"]]
     metrics = []
-    for variant, claimed in claims["metrics"].items():
+    for variant, claimed in (claims["metrics"] or {"all": None}).items():
         found = dict((measured or {}).get(variant, {}))
         metrics.append({
             "variant": variant, "metric": "top-1 %", "claimed": claimed, "measured": found.get("measured"),
