@@ -30,7 +30,7 @@ from lynceus.layers.drop import linear_rates
 from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.gated_position import GatedPositionAttention
 from lynceus.layers.mixers import MixerSite, Place
-from lynceus.layers.position import resize_position
+from lynceus.layers.position import resize_position, sincos_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +43,9 @@ class ConViTConfig(BackboneConfig):
     position: a learned table on the patches. pool: what the classifier reads, the class token or the mean of the
     patches. With no plain block left (local_layers >= depth) the class token never joins, and "token" reads the first
     patch, as the authors' code does; "avg" is the better choice there. proj_drop: dropout of the patches, in
-    perceptrons and projections; attn_drop: on attention weights. levels: blocks whose maps are `stages`; None: four,
-    evenly spaced.
+    perceptrons and projections; attn_drop: on attention weights. init: "small" is the paper's, truncated normals of
+    0.02; "scratch" learns faster from few small images: Xavier, and positions that start as sines and cosines; both
+    leave the local start as it is. levels: blocks whose maps are `stages`; None: four, evenly spaced.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -62,11 +63,14 @@ class ConViTConfig(BackboneConfig):
     norm_eps: float = 1e-6
     proj_drop: float = 0.0
     attn_drop: float = 0.0
+    init: Literal["small", "scratch"] = "small"
     levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.pool not in ("token", "avg"):
             raise AdviceError(f"pool is 'token' or 'avg', not {self.pool!r}.")
+        if self.init not in ("small", "scratch"):
+            raise AdviceError(f"init is 'small' or 'scratch', not {self.init!r}.")
         if self.local_layers < 0:
             raise AdviceError(f"local_layers cannot be below 0; it is {self.local_layers}. 0 leaves a plain ViT.")
 
@@ -119,15 +123,22 @@ class ConViT(Backbone):
         )
 
     def init_weights(self) -> None:
-        """Truncated normals of 0.02, zero biases; the local start comes last, so that nothing overwrites it."""
+        """As `config.init` says, zero biases; the local start comes last, so that nothing overwrites it."""
+        scratch = self.config.init == "scratch"
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
+                if scratch and m is not self.head:
+                    nn.init.xavier_uniform_(m.weight)
+                else:
+                    nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
         for table in (self.pos_embed, self.cls_token):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
+        if scratch and self.pos_embed is not None:
+            with torch.no_grad():
+                self.pos_embed += sincos_table(*self.grid, self.config.dim)
         for m in self.modules():
             if isinstance(m, GatedPositionAttention):
                 m.local_init()

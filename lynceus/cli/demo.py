@@ -1,4 +1,4 @@
-"""`lynceus demo`: the gauntlet of four small backbones on real handwritten digits, from scratch."""
+"""`lynceus demo`: the gauntlet of a small backbone of every family on real handwritten digits, from scratch."""
 
 from __future__ import annotations
 

@@ -160,7 +160,8 @@ class SoftmaxFreeAttention(nn.Module):
     def landmarks(self, q: Float[Tensor, "b g n d"], h: int, w: int) -> Float[Tensor, "b g m d"]:
         """Landmarks of the queries of a map h x w, row by row."""
         b, g, _, d = q.shape
-        x = q.reshape(b * g, h, w, d).permute(0, 3, 1, 2)
+        # in two steps: one reshape of a single head asks export whether a free height is 1
+        x = q.flatten(0, 1).view(b * g, h, w, d).permute(0, 3, 1, 2)
         short = max(self.ratio - h, 0), max(self.ratio - w, 0)
         if any(short):
             x = F.pad(x, (0, short[1], 0, short[0]))
