@@ -15,7 +15,7 @@ from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError
 from lynceus.layers.attention import Attention
 from lynceus.layers.gated_position import GatedPositionAttention
-from lynceus.layers.position import resize_position
+from lynceus.layers.position import resize_position, sincos_table
 from lynceus.recipes.supervised import Supervised
 from lynceus.reengineer.keys import convit as keys
 from lynceus.tasks.classify import Classify
@@ -81,6 +81,20 @@ def test_the_generic_init_leaves_the_local_one():
     assert ConViT(ConViTConfig(dim=48, depth=1, heads=4, locality=3.0)).blocks[0].attn.pos_proj.weight[0, 2] == -3
 
 
+def test_init_from_scratch_keeps_the_local_start():
+    """Xavier and sines where "small" has normals of 0.02; values, offsets and the classifier start as there."""
+    torch.manual_seed(0)
+    small, scratch = ConViT(MICRO), ConViT(replace(MICRO, init="scratch"))
+    for a, b in zip(small.blocks[:3], scratch.blocks[:3]):
+        assert torch.equal(b.attn.v.weight, torch.eye(48))
+        assert torch.equal(a.attn.pos_proj.weight, b.attn.pos_proj.weight)
+        assert b.attn.qk.weight.std() > 4 * a.attn.qk.weight.std()
+    assert scratch.head.weight.std() < 0.03
+    assert (scratch.pos_embed - sincos_table(8, 8, 48)).abs().max() < 0.15
+    odd = ConViT(replace(MICRO, heads=6, init="scratch"))  # two heads beyond the square of offsets
+    assert odd.blocks[0].attn.pos_proj.weight[4:].abs().max() < 0.15
+
+
 def test_the_class_token_joins_late():
     model = ConViT(MICRO).eval()
     x = torch.randn(2, 3, 16, 24)
@@ -140,6 +154,8 @@ def test_sites_of_mixers():
 def test_mistakes_are_explained():
     with pytest.raises(AdviceError, match="avg"):
         ConViTConfig(pool="mean")
+    with pytest.raises(AdviceError, match="scratch"):
+        ConViTConfig(init="xavier")
     with pytest.raises(AdviceError, match="local_layers"):
         ConViTConfig(local_layers=-1)
     with pytest.raises(AdviceError, match="levels"):

@@ -133,14 +133,14 @@ def wrong_head_order(model):
 
 def post_norm(model):
     name, block = next((n, m) for n, m in model.named_modules() if n.endswith("blocks.1"))
-    block.forward = lambda x: block.norm2(block.mlp(block.norm1(block.attn(x) + x)) + x)
+    block.forward = lambda x, *size: block.norm2(block.mlp(block.norm1(block.attn(x) + x)) + x)
     return name
 
 
 def skip_dropped(model):
     name, block = next((n, m) for n, m in model.named_modules() if n.endswith("blocks.1"))
     forward = block.forward
-    block.forward = lambda x: forward(x) - x
+    block.forward = lambda x, *size: forward(x, *size) - x
     return name
 
 
