@@ -125,9 +125,10 @@ class ConViT(Backbone):
     def init_weights(self) -> None:
         """As `config.init` says, zero biases; the local start comes last, so that nothing overwrites it."""
         scratch = self.config.init == "scratch"
+        small = {self.head, *(m.pos_proj for m in self.modules() if isinstance(m, GatedPositionAttention))}
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                if scratch and m is not self.head:
+                if scratch and m not in small:
                     nn.init.xavier_uniform_(m.weight)
                 else:
                     nn.init.trunc_normal_(m.weight, std=0.02)
@@ -231,8 +232,10 @@ class ConViT(Backbone):
 
 
 VARIANTS: dict[str, ConViTConfig] = {
-    # for images of 28 to 64 pixels
-    "convit_nano": ConViTConfig(image_size=(32, 32), patch_size=4, dim=96, depth=6, heads=4, local_layers=4),
+    # for images of 28 to 64 pixels, from scratch
+    "convit_nano": ConViTConfig(
+        image_size=(32, 32), patch_size=4, dim=96, depth=6, heads=4, local_layers=4, pool="avg", init="scratch"
+    ),
     **{
         f"convit_{size}": ConViTConfig(dim=48 * heads, heads=heads, drop_path_rate=0.1)
         for size, heads in {"tiny": 4, "small": 9, "base": 16}.items()

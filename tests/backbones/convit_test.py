@@ -182,10 +182,10 @@ def test_learns_the_digits_and_moves_its_gates():
 
 @pytest.mark.slow
 def test_nano_learns_the_digits():
-    """93.3% measured after 15 epochs, which is less than the other nanos reach in them."""
+    """98.7% and 98.9% measured with seeds 0 and 1."""
     torch.manual_seed(0)
     report, _ = learn_digits(lynceus.create_model("convit_nano", num_classes=10).train(), 32, epochs=15)
-    assert report.summary["accuracy"] >= 0.91
+    assert report.summary["accuracy"] >= 0.97
 
 
 def test_records_of_the_attention_alone_are_rebuilt():
