@@ -139,7 +139,7 @@ class ConViT(Backbone):
                 nn.init.trunc_normal_(table, std=0.02)
         if scratch and self.pos_embed is not None:
             with torch.no_grad():
-                self.pos_embed += sincos_table(*self.grid, self.config.dim)
+                self.pos_embed.add_(sincos_table(*self.grid, self.config.dim))
         for m in self.modules():
             if isinstance(m, GatedPositionAttention):
                 m.local_init()
