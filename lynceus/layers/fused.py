@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
-from lynceus.layers.packed import PackedLinear, in_order
+from lynceus.layers.packed import PackedLinear
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
 _PLAIN: dict[str, object] = {
@@ -77,10 +77,7 @@ def linear(layer: nn.Module, x: Tensor, *, activation: Activation = "none", resi
     if not (fusable(x) and plain_linear(layer, x)) or x.numel() * layer.out_features < SMALL:  # type: ignore[operator]
         x = _PLAIN[activation](layer(x))  # type: ignore[operator]
         return x if residual is None else residual + x
-    if isinstance(layer, PackedLinear):
-        weight, bias = layer.packed, layer.shift
-    else:
-        weight, bias = in_order(layer, x.numel() // x.shape[-1]), layer.bias  # type: ignore[arg-type, assignment]
+    weight, bias = (layer.packed, layer.shift) if type(layer) is PackedLinear else (layer.weight, layer.bias)
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     kind, algorithm = ("gelu", "tanh") if activation == "gelu_tanh" else (activation, "none")

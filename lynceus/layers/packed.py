@@ -3,16 +3,11 @@
 oneDNN otherwise brings a weight into that order at every call. The price is twice the memory, and that the layer
 cannot be trained, saved or moved: `rewrite.deploy` makes these from a model's layers, and the model keeps its own.
 `weight` and `bias` are still there for modules that read them without calling the layer.
-
-`in_order` keeps such copies of ordinary layers beside them, for the few rows where the reordering is a good part of the
-product: a fifth at 50 rows, a twentieth at 200.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -60,35 +55,3 @@ class PackedConv(nn.Module):
         y = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         out = torch.ops.mkldnn._convolution_pointwise(y, self.packed, self.shift, *self.where, self.after, [], "")
         return out.to(x.dtype)
-
-
-FEW = 1024  # rows up to which an ordinary layer's weight is kept in order
-LARGEST = 2_500_000  # elements of a weight that is kept so: the rest of a large model is not worth its memory
-
-
-@dataclass(slots=True)
-class _Copy:
-    stamp: tuple[Any, ...]
-    source: Tensor  # keeps its memory from being reused, so that an equal address means the same tensor
-    packed: Tensor
-
-
-_COPIES: WeakKeyDictionary[nn.Linear, _Copy] = WeakKeyDictionary()  # never copied, pickled or saved with a layer
-
-
-def in_order(layer: nn.Linear, rows: int) -> Float[Tensor, "o i"]:
-    """The weight for a product with `rows` rows: a copy in the kernel's order where that pays, else itself.
-
-    The copy is made anew when the weight was replaced or written to. Writes through `tensor.data` escape torch's
-    counters; those are seen in the sum of the diagonal, unless they leave that as it was.
-    """
-    if rows > FEW or layer.weight.numel() > LARGEST or layer.weight.is_inference() or not layer.weight.is_contiguous():
-        return layer.weight
-    weight = layer.weight.detach()
-    stamp = (weight.data_ptr(), weight._version, weight.dtype, float(weight.diagonal().sum(dtype=torch.float32)))
-    kept = _COPIES.get(layer)
-    if kept is None or kept.stamp != stamp:
-        with torch.inference_mode(False), torch.no_grad():
-            kept = _Copy(stamp, weight, torch.ops.mkldnn._reorder_linear_weight(weight, rows))
-        _COPIES[layer] = kept
-    return kept.packed
