@@ -165,7 +165,7 @@ class Mamba(nn.Module):
     def _branch(
         self, x: Float[Tensor, "b n d"], end: str = "", *, reverse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u and its steps before the softplus (b, n, d), B and C (b, n, s), in the tokens' order; at least in float32."""
+        """u and its steps before the softplus (b, n, d), B and C (b, n, s), in token order; at least in float32."""
         u = F.silu(getattr(self, f"conv1d{end}")(x, reverse=reverse))
         small = linear(getattr(self, f"x_proj{end}"), u)
         steps, b, c = small.split([self.rank, self.states, self.states], dim=-1)
