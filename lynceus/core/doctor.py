@@ -29,6 +29,12 @@ EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
         ("matplotlib", "photographs to try things on"),
     ),
     "formats": (("h5py", "data in HDF5 files"),),
+    "trust": (
+        ("z3-solver", "exact proofs of small networks"),
+        ("opencv-python-headless", "SIFT keypoints, inpainting and blending"),
+        ("captum", "attributions to compare ours with"),
+        ("foolbox", "decision-based and other attacks"),
+    ),
 }
 NEEDED = {
     "accelerate": "training",

@@ -21,6 +21,10 @@ class MissingError(AdviceError, FileNotFoundError):
     """A file, folder, package or weight that is not there."""
 
 
+class AdviceWarning(UserWarning):
+    """What works but is probably not meant; the text says how to mend it."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The valid names closest to `name`, best first."""
     pool = {n.lower(): n for n in names}

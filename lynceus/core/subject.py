@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from lynceus.core.errors import AdviceError
+from lynceus.core.errors import AdviceError, AdviceWarning
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LOOKS = 4  # first calls whose pixels are looked at: a wrong range shows at once, and looking costs time
 
 
 class Normalise(nn.Module):
@@ -46,6 +48,9 @@ class Subject:
     size: the side or (h, w) that images are resized to before the model; None leaves them as they are.
     classes: names of the outputs. needs_grad: False runs under inference mode; checks that ask for gradients refuse it.
     features: for a callable that is no module, a function image -> list of feature maps or vectors.
+    probabilities: True for a model that ends in a softmax; the subject then gives the logarithm of what it says, so that
+      nothing passes through a softmax twice.
+    Warns (AdviceWarning) when the first pixels are far outside [0, 1], and when the model is in training mode.
     """
 
     owns_pixels = True
@@ -61,6 +66,7 @@ class Subject:
         needs_grad: bool = True,
         name: str | None = None,
         features: Callable[[Tensor], list[Tensor]] | None = None,
+        probabilities: bool | None = None,
     ):
         if isinstance(model, str):
             raise AdviceError(
@@ -77,6 +83,7 @@ class Subject:
         if isinstance(model, Subject):
             normalise, classes, size = model.normalise, classes or model.classes, size or model.size
             self._features = features or model._features
+            probabilities = model.probabilities if probabilities is None else probabilities
         if mean is not None or std is not None:
             normalise = Normalise(mean or (0.0,) * 3, std or (1.0,) * 3)
         elif normalise is None and isinstance(inner, nn.Module) and not owns_pixels(inner):
@@ -91,6 +98,8 @@ class Subject:
             list(classes) if classes else list(getattr(inner, "classes", None) or []) or None
         )
         self.needs_grad = needs_grad
+        self.probabilities = bool(probabilities)
+        self._looked = 0
         self.name = name or getattr(inner, "name", None) or type(inner).__name__
 
     @property
@@ -117,13 +126,35 @@ class Subject:
 
     def __call__(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
         """Logits (or any output vector) of pixels in [0, 1]."""
+        self._warn(image)
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
             out = self.model(self.prepare(image))
         if isinstance(out, dict):
             out = out.get("logits", out.get("out"))
         if not isinstance(out, Tensor):
             raise AdviceError(f"The model gave a {type(out).__name__}; a subject needs one tensor (b, k) of logits.")
+        if self.probabilities:
+            out = out.clamp_min(torch.finfo(out.dtype).tiny).log()
         return out
+
+    def _warn(self, image: Tensor) -> None:
+        if isinstance(self.model, nn.Module) and self.model.training:
+            warnings.warn(
+                f"{self.name} is in training mode: batch norm and dropout change its answers. Call model.eval().",
+                AdviceWarning,
+                stacklevel=3,
+            )
+        if self._looked >= LOOKS or not isinstance(image, Tensor) or torch.compiler.is_compiling():
+            return
+        self._looked += 1
+        if image.dtype.is_floating_point and image.numel() and type(image) is Tensor and not image.is_meta:
+            low, high = (float(v) for v in image.detach().aminmax())
+            if low < -0.1 or high > 1.1:
+                warnings.warn(
+                    f"{self.name} was given pixels from {low:.3g} to {high:.3g}. {wrong_range(low, high)}",
+                    AdviceWarning,
+                    stacklevel=3,
+                )
 
     def features(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> list[Tensor]:
         """What the model knows before its classifier: the maps of its stages (fine -> coarse), and last the pooled
@@ -165,6 +196,13 @@ class Subject:
             raise AdviceError(
                 f"This check needs features, and {self.name} is a plain function; pass Subject(model, features=...)."
             )
+
+
+def wrong_range(low: float, high: float) -> str:
+    """What to do about pixels that are not in [0, 1]."""
+    if low < 0:
+        return "They look normalised already: give RGB in [0, 1]; Subject(model, mean=, std=) normalises inside."
+    return "They look like 0..255: divide them by 255, or give them as uint8."
 
 
 def _pooled(model: Any, final: Tensor) -> Tensor:

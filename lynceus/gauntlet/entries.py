@@ -23,11 +23,12 @@ from lynceus.backbones import create_model
 from lynceus.backbones._table import family_module, variants
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError, MissingError, unknown
+from lynceus.core.identity import model_key
 from lynceus.core.rng import borrowed, derive
 from lynceus.core.subject import Subject
 from lynceus.core.types import Batch
 from lynceus.gauntlet.baselines import FUNCTIONS, baseline
-from lynceus.gauntlet.features import FeatureBank, model_key
+from lynceus.gauntlet.features import FeatureBank
 from lynceus.recipes.supervised import PRESETS, Supervised
 from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import load_model, save_model

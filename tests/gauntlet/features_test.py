@@ -9,8 +9,9 @@ import torch
 import lynceus
 from lynceus import data
 from lynceus.core.errors import AdviceError
+from lynceus.core.identity import model_key
 from lynceus.core.subject import Subject
-from lynceus.gauntlet.features import Extractor, FeatureBank, FeatureCache, model_key, split, stratified
+from lynceus.gauntlet.features import Extractor, FeatureBank, FeatureCache, split, stratified
 
 FAMILIES = ("resnet_nano", "vit_nano", "convnext_nano", "swin_nano")
 
