@@ -48,8 +48,8 @@ class Subject:
     size: the side or (h, w) that images are resized to before the model; None leaves them as they are.
     classes: names of the outputs. needs_grad: False runs under inference mode; checks that ask for gradients refuse it.
     features: for a callable that is no module, a function image -> list of feature maps or vectors.
-    probabilities: True for a model that ends in a softmax; the subject then gives the logarithm of what it says, so that
-      nothing passes through a softmax twice.
+    probabilities: True for a model that ends in a softmax; the subject then gives the logarithm of what it says, so
+      that nothing passes through a softmax twice.
     Warns (AdviceWarning) when the first pixels are far outside [0, 1], and when the model is in training mode.
     """
 
@@ -76,6 +76,7 @@ class Subject:
         if not callable(inner):
             raise AdviceError(f"Subject takes a module or a function of images, not {type(inner).__name__}.")
         self.model: Any = inner
+        self.probabilities: bool = bool(probabilities)
         self._features = features
         if isinstance(inner, nn.Module):
             inner.eval()
@@ -83,7 +84,8 @@ class Subject:
         if isinstance(model, Subject):
             normalise, classes, size = model.normalise, classes or model.classes, size or model.size
             self._features = features or model._features
-            probabilities = model.probabilities if probabilities is None else probabilities
+            if probabilities is None:
+                self.probabilities = model.probabilities
         if mean is not None or std is not None:
             normalise = Normalise(mean or (0.0,) * 3, std or (1.0,) * 3)
         elif normalise is None and isinstance(inner, nn.Module) and not owns_pixels(inner):
@@ -98,7 +100,6 @@ class Subject:
             list(classes) if classes else list(getattr(inner, "classes", None) or []) or None
         )
         self.needs_grad = needs_grad
-        self.probabilities = bool(probabilities)
         self._looked = 0
         self.name = name or getattr(inner, "name", None) or type(inner).__name__
 
@@ -124,7 +125,7 @@ class Subject:
             image = self.normalise.to(image.device)(image)
         return image
 
-    def __call__(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
+    def __call__(self, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Logits (or any output vector) of pixels in [0, 1]."""
         self._warn(image)
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
@@ -133,6 +134,11 @@ class Subject:
             out = out.get("logits", out.get("out"))
         if not isinstance(out, Tensor):
             raise AdviceError(f"The model gave a {type(out).__name__}; a subject needs one tensor (b, k) of logits.")
+        if out.ndim != 2 or len(out) != len(image):
+            raise AdviceError(
+                f"{self.name} gives {tuple(out.shape)} for {len(image)} images; a subject needs one row of logits per "
+                "image, (b, k). Wrap the model: Subject(lambda x: model(x).flatten(1))."
+            )
         if self.probabilities:
             out = out.clamp_min(torch.finfo(out.dtype).tiny).log()
         return out
@@ -147,7 +153,10 @@ class Subject:
         if self._looked >= LOOKS or not isinstance(image, Tensor) or torch.compiler.is_compiling():
             return
         self._looked += 1
-        if image.dtype.is_floating_point and image.numel() and type(image) is Tensor and not image.is_meta:
+        real = (
+            type(image) is Tensor and not image.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(image)
+        )
+        if real and image.dtype.is_floating_point and image.numel():
             low, high = (float(v) for v in image.detach().aminmax())
             if low < -0.1 or high > 1.1:
                 warnings.warn(
@@ -156,7 +165,7 @@ class Subject:
                     stacklevel=3,
                 )
 
-    def features(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> list[Tensor]:
+    def features(self, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]) -> list[Tensor]:
         """What the model knows before its classifier: the maps of its stages (fine -> coarse), and last the pooled
         vector (b, c). Raises AdviceError when the subject is only known by its answers."""
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
@@ -166,7 +175,7 @@ class Subject:
             final, maps = model.forward_intermediates(x)
             return [*maps, _pooled(model, final)]
 
-    def embed(self, image: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
+    def embed(self, image: Float[Tensor, "b c h w"] | UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """The pooled vector alone, without the cost of keeping the maps."""
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
             if self._features is not None:
