@@ -1,0 +1,48 @@
+"""Records of the family feature_guided: the saliency of given keypoints, and whose each pixel is.
+
+Reference code: VeriDeep/DLV-experimental-package. A record's config holds height, width and keypoints as dicts of row,
+col, size and response. Owners are counted from 1, -1 where every density underflows to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from lynceus.core.errors import AdviceError
+from lynceus.reengineer.parity import Row, compare_outputs
+
+NAMES = ("row", "col", "size", "response")
+TOLERANCES = {
+    "saliency": (1e-12, "in units of 1, the sum of a saliency"),
+    "owner": (0.0, "equal"),
+    "pixels_per_feature": (0.0, "equal"),
+}
+
+
+def check(record: Mapping[str, Any]) -> list[Row]:
+    """saliency (h, w), owner (h, w), pixels_per_feature (keypoints + 1: the last counts pixels of nobody)."""
+    points = import_module("lynceus.trust.keypoints")  # one floor: found by name, as every family is
+    config = record["config"]
+    try:
+        size = (int(config["height"]), int(config["width"]))
+        rows = np.array([[float(k[name]) for name in NAMES] for k in config["keypoints"]], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdviceError(
+            f"A feature_guided record gives height, width and keypoints of {', '.join(NAMES)}; "
+            f"this one does not ({error!r})."
+        ) from None
+    form = config.get("form", "code")
+    owner = points.owners(rows, size, form=form, underflow=True)
+    ours = {
+        "saliency": points.saliency(rows, size, form=form),
+        "owner": np.where(owner < 0, -1, owner + 1).astype(float),
+        "pixels_per_feature": np.array(
+            [*np.bincount(owner[owner >= 0], minlength=len(rows)), (owner < 0).sum()], dtype=float
+        ),
+    }
+    name = str(record.get("model") or record["family"])
+    return compare_outputs(name, ours, record["outputs"], tolerances=TOLERANCES)
