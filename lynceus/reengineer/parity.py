@@ -37,6 +37,7 @@ from lynceus.reengineer.filling import filled, fingerprint, gap, image
 TOLERANCE = 1e-6  # in units of the output's standard deviation
 
 FAMILIES: dict[str, str] = {
+    "blind_spots": "lynceus.reengineer.keys.level_sets",
     "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
     "lsnet": "lynceus.reengineer.keys.lsnet",
@@ -55,7 +56,10 @@ FAMILIES: dict[str, str] = {
     "vit": "lynceus.reengineer.keys.vit",
     "volo": "lynceus.reengineer.keys.volo",
 }
-KINDS: dict[str, str] = {}  # family -> "module:function", a function record -> list[Row]
+KINDS: dict[str, str] = {  # family -> "module:function", a function record -> list[Row]
+    "feature_guided": "lynceus.reengineer.keys.saliency:check",
+    "fooling": "lynceus.reengineer.keys.evolution:check",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
