@@ -11,8 +11,10 @@ A keypoint is a row (row, column, size, response) of a float64 array; OpenCV's o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -208,11 +210,11 @@ def _resized(grey: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(Image.fromarray(grey).resize((w * factor, h * factor), Image.Resampling.BILINEAR))
 
 
-def _finder(detector: Detector):  # type: ignore[no-untyped-def]
+def _finder(detector: Detector) -> tuple[Callable[[np.ndarray, float], np.ndarray], str]:
     if detector == "gaussians":
         return _gaussians, "differences of Gaussians"
     try:
-        import cv2
+        cv2: Any = import_module("cv2")
     except ImportError:
         if detector == "sift":
             raise missing_extra("opencv-python-headless", "trust", use='detector="sift"') from None
