@@ -57,6 +57,7 @@ FAMILIES: dict[str, str] = {
     "volo": "lynceus.reengineer.keys.volo",
 }
 KINDS: dict[str, str] = {  # family -> "module:function", a function record -> list[Row]
+    "imagenet_e": "lynceus.reengineer.keys.edits:rows",
     "feature_guided": "lynceus.reengineer.keys.saliency:check",
     "fooling": "lynceus.reengineer.keys.evolution:check",
 }
