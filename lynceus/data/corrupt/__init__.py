@@ -1,0 +1,12 @@
+"""Common corruptions: nineteen ways in which a good picture becomes a bad one, at five severities."""
+
+from lynceus.data.corrupt.suite import corrupt as corrupt
+from lynceus.data.corrupt.tables import ALEXNET as ALEXNET
+from lynceus.data.corrupt.tables import BENCHMARK as BENCHMARK
+from lynceus.data.corrupt.tables import CORRUPTIONS as CORRUPTIONS
+from lynceus.data.corrupt.tables import DETERMINISTIC as DETERMINISTIC
+from lynceus.data.corrupt.tables import GROUPS as GROUPS
+from lynceus.data.corrupt.tables import SEVERITIES as SEVERITIES
+from lynceus.data.corrupt.tables import Scale as Scale
+
+__all__ = ["ALEXNET", "BENCHMARK", "CORRUPTIONS", "DETERMINISTIC", "GROUPS", "SEVERITIES", "Scale", "corrupt"]

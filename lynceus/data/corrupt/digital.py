@@ -1,0 +1,121 @@
+"""Digital: brightness, contrast, saturate, elastic transform, pixelate, JPEG.
+
+Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261; hendrycks/robustness (Apache-2.0). Brightness and saturation
+act on HSV; with the hue kept both are linear per pixel, so no conversion is made.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lynceus.data.corrupt.draws import Draws
+from lynceus.data.corrupt.filters import gaussian
+
+
+def brightness(x: Tensor, amount: float) -> Tensor:
+    """HSV value plus `amount`."""
+    value = x.amax(1, keepdim=True)
+    new = (value + amount).clamp_(max=1)
+    return torch.where(value > 0, x * (new / value.clamp(min=1e-6)), new)
+
+
+def contrast(x: Tensor, amount: float) -> Tensor:
+    """Differences from each channel's mean times `amount`."""
+    mean = x.mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, amount)
+
+
+def saturate(x: Tensor, constants: tuple[float, float]) -> Tensor:
+    """HSV saturation times a plus b; grey pixels have hue 0 (red)."""
+    times, plus = constants
+    value = x.amax(1, keepdim=True)
+    gap = value - x
+    old = gap.amax(1, keepdim=True) / value.clamp(min=1e-6)
+    new = (old * times + plus).clamp_(0, 1)
+    out = value - gap * (new / old.clamp(min=1e-6))
+    if plus:
+        red = torch.cat([value, (value * (1 - new)).expand(-1, 2, -1, -1)], 1)
+        out = torch.where(old > 0, out, red)
+    return out
+
+
+def elastic_transform(x: Tensor, constants: tuple[float, float, float], draws: Draws) -> Tensor:
+    """A random affine move of three points (mirrored borders), then a smooth random displacement of each pixel."""
+    strength, sigma, reach = constants
+    b, _, h, w = x.shape
+    centre = torch.tensor([w // 2, h // 2], dtype=torch.float64)
+    third = min(h, w) // 3
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    before = centre + third * corners
+    after = before + (draws.uniform(3, 2).double().cpu() * 2 - 1) * reach
+    one = torch.ones(3, 1, dtype=torch.float64)
+    back = torch.eye(2, 3, dtype=torch.float64).expand(b, 2, 3)  # pixels (x, y, 1) of the result -> where to read
+    if third:
+        back = torch.linalg.solve(torch.cat([after, one.expand(b, 3, 1)], 2), before.expand(b, 3, 2)).transpose(1, 2)
+    back = back.to(x)
+    across, down = torch.arange(w).to(x), torch.arange(h).to(x)[:, None]
+
+    def affine(row: int) -> Tensor:
+        a, b_, c = (back[:, row, i, None, None] for i in range(3))
+        return a * across + b_ * down + c
+
+    x = _sample(x, affine(0), affine(1), mirror=True)
+    if strength == 0:
+        return x
+    dx = gaussian(draws.uniform(1, h, w) * 2 - 1, sigma, border="reflect", truncate=3)[:, 0] * strength
+    dy = gaussian(draws.uniform(1, h, w) * 2 - 1, sigma, border="reflect", truncate=3)[:, 0] * strength
+    return _sample(x, across + dx, down + dy, mirror=False)
+
+
+def _sample(x: Tensor, across: Tensor, down: Tensor, *, mirror: bool) -> Tensor:
+    """x read bilinearly at pixel places (b, h, w). mirror: around the border pixels; else with them."""
+    h, w = x.shape[-2:]
+    if mirror:
+        grid = torch.stack([across * (2 / max(w - 1, 1)) - 1, down * (2 / max(h - 1, 1)) - 1], -1)
+    else:
+        grid = torch.stack([(across * 2 + 1) / w - 1, (down * 2 + 1) / h - 1], -1)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=mirror)
+
+
+def pixelate(x: Tensor, share: float) -> Tensor:
+    """Box-averaged down to a share of the side, and up again; both with Pillow's rounding. Pixels 0..255."""
+    h, w = x.shape[-2:]
+    small = (max(1, int(h * share)), max(1, int(w * share)))
+    return _box(_box(x, *small), h, w)
+
+
+def _box(x: Tensor, h: int, w: int) -> Tensor:
+    # Pillow goes along rows first, and rounds to whole grey levels after each axis
+    y = (x @ _box_matrix(x.shape[-1], w).to(x).T).add_(0.5).floor_()
+    return (_box_matrix(x.shape[-2], h).to(x) @ y).add_(0.5).floor_()
+
+
+def _box_matrix(old: int, new: int) -> Tensor:
+    """Row i: weights of the old pixels whose centres lie in new pixel i's window, as Pillow's BOX filter has them."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    centre = (np.arange(new) + 0.5) * scale
+    low = np.maximum((centre - 0.5 * stretch + 0.5).astype(int), 0)
+    high = np.minimum((centre + 0.5 * stretch + 0.5).astype(int), old)
+    i = np.arange(old)
+    inside = (i >= low[:, None]) & (i < high[:, None])
+    place = (i - centre[:, None] + 0.5) / stretch
+    weight = inside & (place > -0.5) & (place <= 0.5)
+    return torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
+
+
+def jpeg_compression(x: Tensor, quality: int) -> Tensor:
+    """Written as JPEG and read again, by Pillow. x: (b, 3, h, w) uint8."""
+    from PIL import Image
+
+    out = np.empty((len(x), *x.shape[2:], 3), dtype=np.uint8)
+    for picture, pixels in zip(out, x.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        picture[...] = np.asarray(Image.open(file))
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous().to(x.device)

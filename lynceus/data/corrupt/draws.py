@@ -1,0 +1,68 @@
+"""Where a corruption's random numbers come from: one torch generator per picture, or numpy in the authors' order.
+
+A picture's numbers depend on its own generator alone, so they are the same alone and inside any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """Random numbers for a batch of `len(generators)` pictures; every shape is per picture, (c, h, w) or (h, w)."""
+
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device):
+        self.generators, self.device = list(generators), device
+
+    def _stack(self, make: Callable[[torch.Generator, int], Tensor]) -> Tensor:
+        parts = [make(g, i) for i, g in enumerate(self.generators)]
+        return (parts[0][None] if len(parts) == 1 else torch.stack(parts)).to(self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, (b, *shape)."""
+        return self._stack(lambda g, _: torch.randn(shape, generator=g, device=g.device))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (b, *shape)."""
+        return self._stack(lambda g, _: torch.rand(shape, generator=g, device=g.device))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers low .. high - 1, (b, *shape) int64."""
+        return self._stack(lambda g, _: torch.randint(low, high, shape, generator=g, device=g.device))
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        """Counts with these rates, (b, ...)."""
+        return self._stack(lambda g, i: torch.poisson(rate[i].to(g.device), generator=g))
+
+
+class OfficialDraws(Draws):
+    """The numbers that the authors' code draws from numpy's legacy generator, for a batch of one picture."""
+
+    def __init__(self, state: np.random.RandomState, device: torch.device):
+        super().__init__([], device)
+        self.state = state
+
+    def _first(self, values: np.ndarray) -> Tensor:
+        # pictures are channels-last there
+        tensor = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1) if values.ndim == 3 else values))
+        return (tensor.float() if tensor.is_floating_point() else tensor)[None].to(self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._first(self.state.normal(size=_last(shape)))
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._first(np.asarray(self.state.uniform(size=_last(shape))))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return self._first(np.asarray(self.state.randint(low, high, size=_last(shape))).astype(np.int64))
+
+    def poisson(self, rate: Tensor) -> Tensor:
+        return self._first(self.state.poisson(rate[0].permute(1, 2, 0).double().cpu().numpy())).to(rate.dtype)
+
+
+def _last(shape: Sequence[int]) -> tuple[int, ...]:
+    return (shape[1], shape[2], shape[0]) if len(shape) == 3 else tuple(shape)

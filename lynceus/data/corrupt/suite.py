@@ -1,0 +1,145 @@
+"""The nineteen common corruptions at five severities, on batches of any size: `corrupt(images, name, severity)`.
+
+Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (Hendrycks, Dietterich), ICLR 2019,
+arXiv 1903.12261. Written from the paper and hendrycks/robustness (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from lynceus.core import rng
+from lynceus.core.errors import AdviceError, unknown
+from lynceus.data.corrupt import blur, digital, noise, weather
+from lynceus.data.corrupt.draws import Draws, OfficialDraws
+from lynceus.data.corrupt.spatter import spatter
+from lynceus.data.corrupt.tables import CORRUPTIONS, PLASMA, SEVERITIES, SHRUNK, Scale
+
+# one generator for the batch, one per picture, numpy's legacy one for the authors' order of draws, or nothing: seed 0
+Randomness = torch.Generator | Sequence[torch.Generator] | np.random.RandomState | None
+_SLACK = 1e-3  # of a grey level: float32 must not fall below the whole number that float64 reaches
+
+
+def corrupt(
+    images: UInt8[Tensor, "*b 3 h w"] | Float[Tensor, "*b 3 h w"],
+    name: str,
+    severity: int,
+    *,
+    generator: Randomness = None,
+    scale: Scale = "imagenet",
+    swap: bool = False,
+) -> UInt8[Tensor, "*b 3 h w"] | Float[Tensor, "*b 3 h w"]:
+    """The images (b, 3, h, w) or (3, h, w) with one corruption. What comes in as uint8 comes out as uint8; floats in
+    [0, 1] come out as floats on the same 256 levels, which is what a file would hold.
+
+    name: one of CORRUPTIONS. severity: 1 to 5; 0 returns the input. scale: constants made for pictures of a few
+      hundred pixels ("imagenet") or for 32 ("cifar").
+    generator: every picture gets a generator of its own seeded from it, so a picture does not depend on its batch. A
+      list has one per picture. numpy.random.RandomState draws in the order of the authors' code, picture by picture.
+      None stands for seed 0: the same picture each time.
+    swap: glass blur really exchanges pixels; the authors' code copies them.
+    """
+    constants = _constants(name, severity, scale)
+    _check(images, name)
+    if severity == 0 or images.numel() == 0:
+        return images
+    batch = images if images.ndim == 4 else images[None]
+    byte = batch.dtype == torch.uint8
+    if isinstance(generator, np.random.RandomState):
+        parts = [_apply(x[None], name, constants, OfficialDraws(generator, x.device), scale, swap) for x in batch]
+        out = torch.cat(parts)
+    else:
+        out = _apply(batch, name, constants, Draws(_generators(generator, len(batch)), batch.device), scale, swap)
+    if not byte:
+        out = (out.float() / 255).to(images.dtype)
+    return out if images.ndim == 4 else out[0]
+
+
+def _apply(batch: Tensor, name: str, constants: object, draws: Draws, scale: Scale, swap: bool) -> Tensor:
+    """(b, 3, h, w) uint8."""
+    c: object = constants
+    if name == "jpeg_compression":
+        return digital.jpeg_compression(_bytes(batch), c)  # type: ignore[arg-type]
+    if name == "pixelate":
+        return digital.pixelate(_bytes(batch).float(), c).to(torch.uint8)  # type: ignore[arg-type]
+    x = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+    if name in _PLAIN:
+        out = _PLAIN[name](x, c)  # type: ignore[operator]
+    elif name == "glass_blur":
+        out = blur.glass_blur(x, c, draws, swap=swap)  # type: ignore[arg-type]
+    elif name == "fog":
+        out = weather.fog(x, c, draws, least=PLASMA[scale])  # type: ignore[arg-type]
+    elif name == "frost":
+        out = weather.frost(x, c, draws, size=SHRUNK[scale])  # type: ignore[arg-type]
+    else:
+        out = _DRAWN[name](x, c, draws)  # type: ignore[operator]
+    return out.mul(255).add_(_SLACK).clamp_(0, 255).to(torch.uint8)
+
+
+_PLAIN = {
+    "defocus_blur": blur.defocus_blur,
+    "zoom_blur": blur.zoom_blur,
+    "gaussian_blur": blur.gaussian_blur,
+    "brightness": digital.brightness,
+    "contrast": digital.contrast,
+    "saturate": digital.saturate,
+}
+_DRAWN = {
+    "gaussian_noise": noise.gaussian_noise,
+    "shot_noise": noise.shot_noise,
+    "impulse_noise": noise.impulse_noise,
+    "speckle_noise": noise.speckle_noise,
+    "motion_blur": blur.motion_blur,
+    "snow": weather.snow,
+    "elastic_transform": digital.elastic_transform,
+    "spatter": spatter,
+}
+
+
+def _bytes(batch: Tensor) -> Tensor:
+    return batch if batch.dtype == torch.uint8 else (batch.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _generators(given: Randomness, count: int) -> list[torch.Generator]:
+    if isinstance(given, (list, tuple)):
+        if len(given) != count:
+            raise AdviceError(f"corrupt got {len(given)} generators for {count} pictures; give one each, or one alone.")
+        return list(given)
+    source = rng.generator(0, "corrupt") if given is None else given
+    assert isinstance(source, torch.Generator)
+    seeds = torch.randint(1 << 62, (count,), generator=source, device=source.device).tolist()
+    return [torch.Generator(source.device).manual_seed(s) for s in seeds]
+
+
+def _constants(name: str, severity: int, scale: str) -> object:
+    if scale not in SEVERITIES:
+        raise unknown("scale of corruptions", str(scale), tuple(SEVERITIES))
+    if name not in SEVERITIES[scale]:
+        raise unknown("corruption", str(name), CORRUPTIONS)
+    if isinstance(severity, bool) or severity not in range(6):
+        raise AdviceError(f"A severity is a whole number from 1 to 5 (0: untouched), not {severity!r}.")
+    return SEVERITIES[scale][name][severity - 1]
+
+
+def _check(images: Tensor, name: str) -> None:
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise AdviceError(
+            f"corrupt takes RGB images (b, 3, h, w) or (3, h, w), not {tuple(images.shape)}; grey ones with "
+            "images.expand(-1, 3, -1, -1), channels-last ones with images.movedim(-1, -3)."
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise AdviceError(f"corrupt takes uint8 images or floats in [0, 1], not {images.dtype}.")
+    if images.numel():
+        low, high = (float(v) for v in images.aminmax())
+        if not (low >= 0 and high <= 1):  # also when nan
+            raise AdviceError(
+                f"{name} takes floats in [0, 1]; these run from {low:.4g} to {high:.4g}. Undo the normalisation, or "
+                "divide by 255."
+            )
