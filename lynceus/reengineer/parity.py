@@ -37,6 +37,7 @@ from lynceus.reengineer.filling import filled, fingerprint, gap, image
 TOLERANCE = 1e-6  # in units of the output's standard deviation
 
 FAMILIES: dict[str, str] = {
+    "bound_propagation": "lynceus.reengineer.keys.bounds",
     "blind_spots": "lynceus.reengineer.keys.level_sets",
     "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
@@ -57,6 +58,9 @@ FAMILIES: dict[str, str] = {
     "volo": "lynceus.reengineer.keys.volo",
 }
 KINDS: dict[str, str] = {  # family -> "module:function", a function record -> list[Row]
+    "corruptions": "lynceus.reengineer.keys.corruptions:check",
+    "corruptions32": "lynceus.reengineer.keys.corruptions:check",
+    "losses": "lynceus.reengineer.keys.losses:check",
     "imagenet_e": "lynceus.reengineer.keys.edits:rows",
     "feature_guided": "lynceus.reengineer.keys.saliency:check",
     "fooling": "lynceus.reengineer.keys.evolution:check",
