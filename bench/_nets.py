@@ -21,7 +21,7 @@ class ConvNet(nn.Module):
             layers += [nn.MaxPool2d(2)] if pooled and stride == 2 else []
             previous = channels
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(previous, classes)
+        self.head, self.num_classes = nn.Linear(previous, classes), classes
 
     def forward_features(self, image: Tensor) -> Tensor:
         return self.layers(image)
