@@ -1,8 +1,8 @@
 """Pattern-producing networks: small graphs that compute a picture from the coordinates of its pixels, at any size.
 
 Compositional pattern-producing networks: Stanley, Genetic Programming and Evolvable Machines 8 (2007) 131-162. As
-genomes of fooling images: Nguyen, Yosinski & Clune, CVPR 2015, arXiv 1412.1897. Reference code: Evolving-AI-Lab/fooling,
-GPL of its sferes part; written anew from the papers.
+genomes of fooling images: Nguyen, Yosinski & Clune, CVPR 2015, arXiv 1412.1897. Reference code:
+Evolving-AI-Lab/fooling, GPL of its sferes part; written anew from the papers.
 
 Inputs are x, y, the distance to the centre and 1; a node is a weighted sum and one of four functions. There is one
 output for grey pictures, or three: hue, lightness and saturation. An output o becomes the 8-bit value trunc(255 |o|).
