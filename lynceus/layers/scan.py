@@ -352,7 +352,7 @@ def _check_coefficients(name: str, x: Tensor, b: int, d: int, states: int, lengt
 
 
 @register_flop_formula(torch.ops.lynceus.scan)
-def _operations(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _operations(u: Any, delta: Any, A: Any, B: Any, C: Any, state: Any, chunks: Any, *, out_shape: Any = None) -> int:
     """9 per token, channel and state (Mamba's count: decay, input, recurrence, output; the exponential left out)."""
     t, s, b, d = u
     return int(9 * t * s * b * d * A[1])

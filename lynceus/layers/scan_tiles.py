@@ -44,7 +44,7 @@ def forward(
     last = u.new_empty(s, b, n, d)
     starts = u.new_empty(-(-length // steps) if keep else 0, s, b, n, d)
     scaled = (A * LOG2E).contiguous()
-    for some in _images(b, s * n * d, u):
+    for some in _images(b, s * n * d, length, u):
         h = u.new_empty(min(steps, length) + 1, s, some.stop - some.start, n, d)
         a = _decay_buffer(h[1:], delta, A)
         each, decays = h.unbind(0), a.unbind(0)
@@ -99,7 +99,7 @@ def backward(
     dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
     dstate = u.new_empty(s, b, n, d)
     scaled = (A * LOG2E).contiguous()
-    for some in _images(b, s * n * d, u):
+    for some in _images(b, s * n * d, length, u):
         h = u.new_empty(min(steps, length) + 1, s, some.stop - some.start, n, d)
         g = torch.empty_like(h[1:])
         a = _decay_buffer(h[1:], delta, A)
@@ -231,8 +231,10 @@ def _tiles(length: int, steps: int) -> Iterator[slice]:
     return (slice(t, min(t + steps, length)) for t in range(0, length, steps))
 
 
-def _images(b: int, per_image: int, like: Tensor) -> Iterator[slice]:
-    count = b if like.is_cuda else max(1, SLICE * torch.get_num_threads() // max(per_image, 1))
+def _images(b: int, per_image: int, length: int, like: Tensor) -> Iterator[slice]:
+    """Images that go through together; of few tokens more fit into a tile."""
+    room = max(SLICE, TILE // max(length, 1))
+    count = b if like.is_cuda else max(1, room * torch.get_num_threads() // max(per_image, 1))
     return (slice(i, min(i + count, b)) for i in range(0, b, count))
 
 
