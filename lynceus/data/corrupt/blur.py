@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lynceus.data.corrupt.draws import Draws
-from lynceus.data.corrupt.filters import clipped_zoom, correlate, disk, gaussian, line_blur
+from lynceus.data.corrupt.filters import SLACK, clipped_zoom, correlate, disk, gaussian, levels, line_blur
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
@@ -45,7 +45,10 @@ def glass_blur(x: Tensor, constants: tuple[float, int, int], draws: Draws, *, sw
     """
     sigma, reach, rounds = constants
     b, c, h, w = x.shape
-    soft = gaussian(x, sigma).mul(255).add_(1e-3).floor_().clamp_(0, 255)
+    if sigma < 0.5:
+        # hardly blurred, flat places stay whole grey levels: float64 decides how these are truncated, as the authors'
+        x = levels(x)
+    soft = gaussian(x, sigma).mul(255).add_(0 if sigma < 0.5 else SLACK).floor_().clamp_(0, 255)
     flat = soft.reshape(b, c, h * w)
     rows, columns = h - 2 * reach, w - 2 * reach
     for _ in range(rounds if rows > 0 and columns > 0 else 0):
@@ -62,8 +65,7 @@ def _taken(offset: Tensor, reach: int, h: int, w: int) -> Tensor:
     A neighbour whose turn was before has another's value by then. The chains of copies are followed all at once, by
     pointers that double their length: node i is pixel i after its turn, node n + i before.
     """
-    b, rows, columns, _ = offset.shape
-    n = h * w
+    b, n = len(offset), h * w
     here = torch.arange(n, device=offset.device).view(h, w)
     pointer = (here + n).expand(b, h, w).clone()
     inner = here[reach + 1 : h - reach + 1, reach + 1 : w - reach + 1]

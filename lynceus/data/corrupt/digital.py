@@ -1,7 +1,7 @@
 """Digital: brightness, contrast, saturate, elastic transform, pixelate, JPEG.
 
-Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261; hendrycks/robustness (Apache-2.0). Brightness and saturation
-act on HSV; with the hue kept both are linear per pixel, so no conversion is made.
+Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261; hendrycks/robustness (Apache-2.0). Brightness acts
+on the value of HSV: with hue and saturation kept that is one factor per pixel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lynceus.data.corrupt.draws import Draws
-from lynceus.data.corrupt.filters import gaussian
+from lynceus.data.corrupt.filters import gaussian, levels
 
 
 def brightness(x: Tensor, amount: float) -> Tensor:
@@ -31,17 +31,34 @@ def contrast(x: Tensor, amount: float) -> Tensor:
 
 
 def saturate(x: Tensor, constants: tuple[float, float]) -> Tensor:
-    """HSV saturation times a plus b; grey pixels have hue 0 (red)."""
+    """HSV saturation times a plus b; grey pixels have hue 0 (red).
+
+    Doubled saturation is a whole grey level for most pixels, and the result is truncated: what float64 makes of it
+    decides. So this goes through HSV in float64, in the order of scikit-image.
+    """
     times, plus = constants
-    value = x.amax(1, keepdim=True)
-    gap = value - x
-    old = gap.amax(1, keepdim=True) / value.clamp(min=1e-6)
-    new = (old * times + plus).clamp_(0, 1)
-    out = value - gap * (new / old.clamp(min=1e-6))
-    if plus:
-        red = torch.cat([value, (value * (1 - new)).expand(-1, 2, -1, -1)], 1)
-        out = torch.where(old > 0, out, red)
-    return out
+    x = levels(x)
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    delta = value - x.amin(1)
+    grey = delta == 0
+    over = delta.masked_fill(grey, 1.0)
+    hue = torch.where(b == value, 4 + (r - g) / over, torch.where(g == value, 2 + (b - r) / over, (g - b) / over))
+    sixth = torch.remainder(hue / 6, 1).masked_fill_(grey, 0.0) * 6
+    depth = (delta / value.masked_fill(value == 0, 1.0) * times + plus).clamp_(0, 1)
+    sector = sixth.floor()
+    part = sixth - sector
+    low = value * (1 - depth)
+    fall = value * (1 - part * depth)
+    rise = value * (1 - (1 - part) * depth)
+    sector = torch.remainder(sector, 6)
+    two, four = (sector == 1) | (sector == 2), (sector == 3) | (sector == 4)
+
+    def channel(top: Tensor, falls: float, rises: float) -> Tensor:
+        return torch.where(top, value, torch.where(sector == falls, fall, torch.where(sector == rises, rise, low)))
+
+    red = channel((sector == 0) | (sector == 5), 1, 4)
+    return torch.stack([red, channel(two, 3, 0), channel(four, 5, 2)], 1)
 
 
 def elastic_transform(x: Tensor, constants: tuple[float, float, float], draws: Draws) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Border = Literal["nearest", "reflect", "mirror"]
+SLACK = 1e-3  # of a grey level: float32 must not fall below the whole number that float64 reaches
 _NUMPY = {"nearest": "edge", "reflect": "symmetric", "mirror": "reflect"}
 
 
@@ -41,7 +42,7 @@ def pad(x: Tensor, amount: tuple[int, int, int, int], border: Border) -> Tensor:
 def _taps(sigma: float, truncate: float) -> tuple[float, ...]:
     radius = int(truncate * sigma + 0.5)
     i = np.arange(-radius, radius + 1)
-    k = np.exp(-0.5 * (i / sigma) ** 2)
+    k = np.exp(-0.5 / (sigma * sigma) * i**2)
     return tuple((k / k.sum()).tolist())
 
 
@@ -67,7 +68,11 @@ def _along(y: Tensor, taps: Sequence[float], axis: int, n: int) -> Tensor:
     r = len(taps) // 2
     out = y.narrow(axis, r, n) * taps[r]
     for i in range(r):
-        out.add_(y.narrow(axis, i, n) + y.narrow(axis, 2 * r - i, n), alpha=taps[i])
+        pair = y.narrow(axis, i, n) + y.narrow(axis, 2 * r - i, n)
+        if y.dtype == torch.float64:  # product and sum rounded one after the other, as scipy does
+            out += pair.mul_(taps[i])
+        else:
+            out.add_(pair, alpha=taps[i])
     return out
 
 
@@ -113,16 +118,18 @@ def correlate(x: Tensor, kernel: Tensor, *, border: Border = "mirror") -> Tensor
     top, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     kernel = kernel[max(0, top - reach) : top + reach + 1, max(0, left - reach) : left + reach + 1]
     kh, kw = kernel.shape
-    b, c, h, w = x.shape
-    y = pad(x, (kh // 2, kh // 2, kw // 2, kw // 2), border)
+    h, w = x.shape[-2:]
     if kh * kw <= 25:
-        out = torch.zeros_like(x)
+        # so few taps leave many whole grey levels, which are truncated later: exact sums
+        y = pad(levels(x), (kh // 2, kh // 2, kw // 2, kw // 2), border)
+        out = torch.zeros_like(y[:, :, :h, :w])
         for i in range(kh):
             for j in range(kw):
                 weight = float(kernel[i, j])
                 if weight:
-                    out.add_(y[:, :, i : i + h, j : j + w], alpha=weight)
+                    out += y[:, :, i : i + h, j : j + w] * weight
         return out
+    y = pad(x, (kh // 2, kh // 2, kw // 2, kw // 2), border)
     size = (_smooth(y.shape[-2]), _smooth(y.shape[-1]))
     spectrum = torch.fft.rfft2(kernel.to(y), s=size).conj()
     return torch.fft.irfft2(torch.fft.rfft2(y, s=size) * spectrum, s=size)[:, :, :h, :w]
@@ -139,6 +146,11 @@ def _smooth(n: int) -> int:
         if m == 1 and n % 2 == 0:
             return n
         n += 1
+
+
+def levels(x: Tensor) -> Tensor:
+    """Values in [0, 1] as float64 on the 256 levels of a picture, k / 255."""
+    return (x.double() * 255).round_().div_(255)
 
 
 def disk(radius: float, sigma: float) -> Tensor:

@@ -97,7 +97,6 @@ def chamfer(edges: Tensor) -> Tensor:
 
     Every shortest path uses two neighbouring directions, so one sweep per direction, doubling its reach, is enough.
     """
-    room = 2 * FAR + 2
     top = 1 << 24
     h, w = edges.shape[-2:]
     distance = torch.where(edges, 0, top).to(torch.int32)
@@ -111,7 +110,6 @@ def chamfer(edges: Tensor) -> Tensor:
             there = distance[:, :, max(0, -i) : h + min(0, -i), max(0, -j) : w + min(0, -j)]
             torch.minimum(here, there + cost, out=here)
             count, cost = 2 * count, 2 * cost
-    del room
     return distance.to(torch.float32) / 65536
 
 

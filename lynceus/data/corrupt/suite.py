@@ -17,12 +17,12 @@ from lynceus.core import rng
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.data.corrupt import blur, digital, noise, weather
 from lynceus.data.corrupt.draws import Draws, OfficialDraws
+from lynceus.data.corrupt.filters import SLACK
 from lynceus.data.corrupt.spatter import spatter
 from lynceus.data.corrupt.tables import CORRUPTIONS, PLASMA, SEVERITIES, SHRUNK, Scale
 
 # one generator for the batch, one per picture, numpy's legacy one for the authors' order of draws, or nothing: seed 0
 Randomness = torch.Generator | Sequence[torch.Generator] | np.random.RandomState | None
-_SLACK = 1e-3  # of a grey level: float32 must not fall below the whole number that float64 reaches
 
 
 def corrupt(
@@ -78,7 +78,8 @@ def _apply(batch: Tensor, name: str, constants: object, draws: Draws, scale: Sca
         out = weather.frost(x, c, draws, size=SHRUNK[scale])  # type: ignore[arg-type]
     else:
         out = _DRAWN[name](x, c, draws)  # type: ignore[operator]
-    return out.mul(255).add_(_SLACK).clamp_(0, 255).to(torch.uint8)
+    out = out.clamp(0, 1).mul_(255)
+    return out.to(torch.uint8) if out.dtype == torch.float64 else out.add_(SLACK).to(torch.uint8)
 
 
 _PLAIN = {

@@ -64,7 +64,8 @@ def snow(x: Tensor, constants: tuple[float, ...], draws: Draws) -> Tensor:
 def frost(x: Tensor, constants: tuple[float, float], draws: Draws, *, size: float) -> Tensor:
     """A weighted sum of the picture and a made frost."""
     picture, ice = constants
-    return picture * x + ice * frost_texture(*x.shape[-2:], draws, size=size)
+    h, w = x.shape[-2:]
+    return picture * x + ice * frost_texture(h, w, draws, size=size)
 
 
 def frost_texture(h: int, w: int, draws: Draws, *, size: float = 1.0) -> Tensor:
