@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lynceus.data.corrupt.filters import levels
+
 
 class Draws:
     """Random numbers for a batch of `len(generators)` pictures; every shape is per picture, (c, h, w) or (h, w)."""
@@ -34,8 +36,9 @@ class Draws:
         """Whole numbers low .. high - 1, (b, *shape) int64."""
         return self._stack(lambda g, _: torch.randint(low, high, shape, generator=g, device=g.device))
 
-    def poisson(self, rate: Tensor) -> Tensor:
-        """Counts with these rates, (b, ...)."""
+    def poisson(self, x: Tensor, times: float) -> Tensor:
+        """Counts with rates x * times, (b, c, h, w)."""
+        rate = x * times
         return self._stack(lambda g, i: torch.poisson(rate[i].to(g.device), generator=g))
 
 
@@ -60,8 +63,9 @@ class OfficialDraws(Draws):
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return self._first(np.asarray(self.state.randint(low, high, size=_last(shape))).astype(np.int64))
 
-    def poisson(self, rate: Tensor) -> Tensor:
-        return self._first(self.state.poisson(rate[0].permute(1, 2, 0).double().cpu().numpy())).to(rate.dtype)
+    def poisson(self, x: Tensor, times: float) -> Tensor:
+        rate = levels(x)[0].permute(1, 2, 0).cpu().numpy() * times
+        return self._first(self.state.poisson(rate)).to(x.dtype)
 
 
 def _last(shape: Sequence[int]) -> tuple[int, ...]:

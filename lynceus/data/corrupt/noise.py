@@ -16,7 +16,7 @@ def gaussian_noise(x: Tensor, deviation: float, draws: Draws) -> Tensor:
 
 
 def shot_noise(x: Tensor, photons: float, draws: Draws) -> Tensor:
-    return draws.poisson(x * photons).div_(photons)
+    return draws.poisson(x, photons).div_(photons)
 
 
 def impulse_noise(x: Tensor, amount: float, draws: Draws) -> Tensor:
