@@ -22,6 +22,7 @@ from lynceus.core.shapes import pad_image
 from lynceus.core.types import Stage
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.folded import Folds, conv_bn
+from lynceus.layers.mamba import StepInit
 from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.plain_scan import PlainMamba2d
 from lynceus.layers.position import resize_position
@@ -37,8 +38,8 @@ class PlainMambaConfig(BackboneConfig):
     image_size: what the position table is made for (any other size works too). patch_size: an even number, the stride
     of the whole: the stem makes a step of 2, the projection the rest. dim, depth: width and layers. stem_convs: 3x3
     convolutions in the stem. dwconv: layers behind which a 3x3 depthwise convolution, batch norm and GELU take the
-    place of the stream (no shortcut). states, conv, expand, rank, layer_scale: of the mixers (rank None: dim / 16,
-    rounded up). order, directions, reorder_all, double_bias: see `lynceus.layers.plain_scan.PlainMamba2d`; the defaults
+    place of the stream (no shortcut). states, conv, expand, rank, layer_scale, steps: of the mixers (rank None: dim /
+    16, rounded up). order, directions, reorder_all, double_bias: see `lynceus.layers.plain_scan.PlainMamba2d`; the defaults
     are what the released weights were trained with. rms_norm: before the mixers, else LayerNorm. position: a learned
     table. final_norm: LayerNorm `ln1` at the end; norm_eps: of it and of the maps'. out_indices: layers whose maps are
     given, each but the last layer's through its own LayerNorm; None: four, evenly spaced, as they are.
@@ -57,11 +58,7 @@ class PlainMambaConfig(BackboneConfig):
     layer_scale: float | None = None
     conv_bias: bool = True
     mixer_bias: bool = True
-    step_init: Literal["random", "constant"] = "random"
-    step_least: float = 1e-3
-    step_largest: float = 0.1
-    step_floor: float = 1e-4
-    step_scale: float = 1.0
+    steps: StepInit | None = None
     order: Order = "snake"
     directions: bool = True
     reorder_all: bool = False
@@ -158,11 +155,7 @@ class Layer(nn.Module):
             layer_scale=c.layer_scale,
             conv_bias=c.conv_bias,
             bias=c.mixer_bias,
-            step_init=c.step_init,
-            step_least=c.step_least,
-            step_largest=c.step_largest,
-            step_floor=c.step_floor,
-            step_scale=c.step_scale,
+            steps=c.steps,
         )
         self.drop_path = DropPath(drop_path)
         self.folds = Folds()

@@ -24,7 +24,7 @@ from lynceus.core.shapes import to_map
 from lynceus.core.types import Stage
 from lynceus.layers.drop import DropPath, linear_rates
 from lynceus.layers.embed import PatchEmbed
-from lynceus.layers.mamba import Direction, Mamba
+from lynceus.layers.mamba import Direction, Mamba, StepInit
 from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.position import resize_position
 from lynceus.layers.rotary import rotary_tables, rotate_pairs
@@ -37,9 +37,9 @@ class VimConfig(BackboneConfig):
     """Fields of a Vim.
 
     image_size: what the position table is made for (any other size works too). patch_size, stride: side and distance
-    of the patches. states, conv, expand, rank: of the mixers (rank None: dim / 16, rounded up). direction: "none"
-    forward only, "v1" both ways with shared weights, "v2" both ways with own ones. halve: "v2" takes the mean of both
-    ways. layer_scale: start of a factor behind each mixer, None for none.
+    of the patches. states, conv, expand, rank: of the mixers (rank None: dim / 16, rounded up). steps: how their steps
+    start. direction: "none" forward only, "v1" both ways with shared weights, "v2" both ways with own ones. halve: "v2"
+    takes the mean of both ways. layer_scale: start of a factor behind each mixer, None for none.
     class_token: before patch M // 2 of M ("middle"), "first", at both "ends" (two tokens, averaged), or "none".
     pool: without class token, the "mean", or the "max" of the logits of all tokens, "last" token, or "all" (logits per
     token). position: a learned table. rms_norm: RMSNorm, else LayerNorm; norm_eps: of it.
@@ -63,11 +63,7 @@ class VimConfig(BackboneConfig):
     layer_scale: float | None = None
     mixer_bias: bool = False
     conv_bias: bool = True
-    step_init: Literal["random", "constant"] = "random"
-    step_least: float = 1e-3
-    step_largest: float = 0.1
-    step_floor: float = 1e-4
-    step_scale: float = 1.0
+    steps: StepInit | None = None
     class_token: Where = "middle"
     pool: Literal["mean", "max", "last", "all"] = "mean"
     position: bool = True
@@ -118,11 +114,7 @@ class Block(nn.Module):
             layer_scale=c.layer_scale,
             conv_bias=c.conv_bias,
             bias=c.mixer_bias,
-            step_init=c.step_init,
-            step_least=c.step_least,
-            step_largest=c.step_largest,
-            step_floor=c.step_floor,
-            step_scale=c.step_scale,
+            steps=c.steps,
         )
         self.norm = _norm(c)
         self.drop_path = DropPath(drop_path)

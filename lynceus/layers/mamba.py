@@ -52,25 +52,32 @@ class MambaState(NamedTuple):
     hidden: Float[Tensor, "b d s"]
 
 
-def init_steps(
-    layer: nn.Linear,
-    *,
-    least: float = 1e-3,
-    largest: float = 0.1,
-    floor: float = 1e-4,
-    scale: float = 1.0,
-    constant: bool = False,
-) -> None:
-    """Weights of variance-keeping size, and biases whose softplus is log-uniform between `least` and `largest`."""
-    width = layer.in_features**-0.5 * scale
-    if constant:
-        nn.init.constant_(layer.weight, width)
-    else:
-        nn.init.uniform_(layer.weight, -width, width)
-    drawn = torch.rand(layer.out_features, device=layer.weight.device)
-    step = torch.exp(drawn * (math.log(largest) - math.log(least)) + math.log(least)).clamp(min=floor)
-    with torch.no_grad():
-        layer.bias.copy_(step + torch.log(-torch.expm1(-step)))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInit:
+    """How the layer that makes the steps starts.
+
+    kind: "random" or "constant" weights of variance-keeping size, times `scale`. least, largest: the softplus of its
+    biases is log-uniform between them, and at least `floor`.
+    """
+
+    kind: Literal["random", "constant"] = "random"
+    least: float = 1e-3
+    largest: float = 0.1
+    floor: float = 1e-4
+    scale: float = 1.0
+
+    def __call__(self, layer: nn.Linear) -> None:
+        """Fills the weight and bias of `layer`."""
+        width = layer.in_features**-0.5 * self.scale
+        if self.kind == "constant":
+            nn.init.constant_(layer.weight, width)
+        else:
+            nn.init.uniform_(layer.weight, -width, width)
+        drawn = torch.rand(layer.out_features, device=layer.weight.device)
+        low, high = math.log(self.least), math.log(self.largest)
+        step = torch.exp(drawn * (high - low) + low).clamp(min=self.floor)
+        with torch.no_grad():
+            layer.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 def decays(channels: int, states: int) -> nn.Parameter:
@@ -83,8 +90,7 @@ class Mamba(nn.Module):
 
     direction: "none" scans forward only; "v1" also backward, with the same weights and an own A; "v2" with own weights
     for everything but the two projections. halve: "v2" passes on the mean of both instead of their sum. layer_scale:
-    start of a factor per channel behind it, None for none. step_init: "random" or "constant" weights of dt_proj, with
-    step_least, step_largest, step_floor and step_scale as in `init_steps`.
+    start of a factor per channel behind it, None for none. steps: how `dt_proj` starts.
     """
 
     conv1d: CausalConv
@@ -106,11 +112,7 @@ class Mamba(nn.Module):
         layer_scale: float | None = None,
         conv_bias: bool = True,
         bias: bool = False,
-        step_init: Literal["random", "constant"] = "random",
-        step_least: float = 1e-3,
-        step_largest: float = 0.1,
-        step_floor: float = 1e-4,
-        step_scale: float = 1.0,
+        steps: StepInit | None = None,
     ):
         super().__init__()
         if direction not in ("none", "v1", "v2"):
@@ -124,16 +126,9 @@ class Mamba(nn.Module):
         for end in ("", "_b") if direction == "v2" else ("",):
             self.add_module(f"conv1d{end}", CausalConv(inner, conv, bias=conv_bias))
             self.add_module(f"x_proj{end}", nn.Linear(inner, self.rank + 2 * states, bias=False))
-            steps = nn.Linear(self.rank, inner)
-            init_steps(
-                steps,
-                least=step_least,
-                largest=step_largest,
-                floor=step_floor,
-                scale=step_scale,
-                constant=step_init == "constant",
-            )
-            self.add_module(f"dt_proj{end}", steps)
+            dt_proj = nn.Linear(self.rank, inner)
+            (steps or StepInit())(dt_proj)
+            self.add_module(f"dt_proj{end}", dt_proj)
             self.register_parameter(f"D{end}", nn.Parameter(torch.ones(inner)))
         self.A_log = decays(inner, states)
         if direction != "none":

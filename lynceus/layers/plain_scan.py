@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lynceus.core.errors import AdviceError
 from lynceus.layers.depthwise import DepthwiseConv
 from lynceus.layers.fused import linear
-from lynceus.layers.mamba import decays, init_steps
+from lynceus.layers.mamba import StepInit, decays
 from lynceus.layers.mixers import Place
 from lynceus.layers.scan import scan
 from lynceus.layers.scan_order import Order, sweeps
@@ -48,11 +47,7 @@ class PlainMamba2d(nn.Module):
         layer_scale: float | None = None,
         conv_bias: bool = True,
         bias: bool = True,
-        step_init: Literal["random", "constant"] = "random",
-        step_least: float = 1e-3,
-        step_largest: float = 0.1,
-        step_floor: float = 1e-4,
-        step_scale: float = 1.0,
+        steps: StepInit | None = None,
     ):
         super().__init__()
         if order not in ("snake", "raster"):
@@ -66,13 +61,7 @@ class PlainMamba2d(nn.Module):
         self.conv2d = DepthwiseConv(inner, conv, bias=conv_bias)
         self.x_proj = nn.Linear(inner, self.rank + 2 * states, bias=False)
         self.dt_proj = nn.Linear(self.rank, inner)
-        self.steps = {
-            "least": step_least,
-            "largest": step_largest,
-            "floor": step_floor,
-            "scale": step_scale,
-            "constant": step_init == "constant",
-        }
+        self.steps = steps or StepInit()
         self.A_log = decays(inner, states)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, dim, bias=bias)
@@ -85,7 +74,7 @@ class PlainMamba2d(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        init_steps(self.dt_proj, **self.steps)  # type: ignore[arg-type]
+        self.steps(self.dt_proj)
         if self.direction_Bs is not None:
             nn.init.trunc_normal_(self.direction_Bs, std=0.02)
 

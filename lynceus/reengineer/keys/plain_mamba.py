@@ -12,6 +12,7 @@ from lynceus.backbones.keys.plain_mamba import SOURCES as SOURCES
 from lynceus.backbones.plain_mamba import VARIANTS, PlainMamba, PlainMambaConfig
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.layers.plain_scan import PlainMamba2d
+from lynceus.reengineer.keys.vim import STEPS, step_init
 
 # the authors' constructor names -> ours
 _NAMES = {
@@ -38,11 +39,6 @@ _MIXER = {
     "conv_bias": "conv_bias",
     "bias": "mixer_bias",
     "init_layer_scale": "layer_scale",
-    "dt_init": "step_init",
-    "dt_min": "step_least",
-    "dt_max": "step_largest",
-    "dt_init_floor": "step_floor",
-    "dt_scale": "step_scale",
     "reorder_all": "reorder_all",
 }
 _UNUSED = {"init_cfg", "test_cfg", "convert_syncbn", "default_hw_shape", "hw", "scan_orders", "directions", "type"}
@@ -55,13 +51,13 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
     flat = dict(config)
     for inner in ("layer_cfgs", "mamba_cfg"):
         flat |= dict(flat.pop(inner, None) or {})
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"steps": step_init(flat)}
     for name, value in flat.items():
         value = tuple(value) if isinstance(value, list) else value
         if name in _NAMES or name in _MIXER:
             fields[_NAMES.get(name) or _MIXER[name]] = value
         elif name not in _UNUSED | _OWN:
-            raise unknown("PlainMamba constructor argument", name, {*_NAMES, *_MIXER, *_UNUSED, *_OWN})
+            raise unknown("PlainMamba constructor argument", name, {*_NAMES, *_MIXER, *STEPS, *_UNUSED, *_OWN})
     if fields.get("rank") == "auto":
         fields["rank"] = None
     if "d_model" in flat and "embed_dims" not in flat:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lynceus.backbones.keys.vim import SOURCES as SOURCES
 from lynceus.backbones.vim import Vim, VimConfig
 from lynceus.core.errors import unknown
-from lynceus.layers.mamba import Mamba
+from lynceus.layers.mamba import Mamba, StepInit
 from lynceus.layers.scan import selective_scan
 
 # the authors' constructor names -> ours
@@ -45,12 +45,9 @@ _MIXER = {
     "init_layer_scale": "layer_scale",
     "conv_bias": "conv_bias",
     "bias": "mixer_bias",
-    "dt_init": "step_init",
-    "dt_min": "step_least",
-    "dt_max": "step_largest",
-    "dt_init_floor": "step_floor",
-    "dt_scale": "step_scale",
 }
+# of the layer that makes the steps
+STEPS = {"dt_init": "kind", "dt_min": "least", "dt_max": "largest", "dt_init_floor": "floor", "dt_scale": "scale"}
 _POOLS = {"none": "last", "mean": "mean", "max": "max", "all": "all"}
 # how it is computed, or how it starts, not what it computes
 _UNUSED = {
@@ -92,15 +89,16 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
     """The model of a record, from the authors' constructor names: a network, a mixer (`d_model`), or the scan."""
     if "delta_softplus" in config or {"u", "delta"} <= set((record or {}).get("inputs", {})):
         return Scan()
-    mixer: dict[str, Any] = {}
+    given = {**config, **dict(config.get("ssm_cfg") or {})}
+    mixer: dict[str, Any] = {"steps": step_init(given)}
     fields: dict[str, Any] = {}
-    for name, value in [*config.items(), *dict(config.get("ssm_cfg") or {}).items()]:
+    for name, value in given.items():
         if name in _MIXER:
             mixer[_MIXER[name]] = value
         elif name in _NAMES:
             fields[_NAMES[name]] = value
         elif name not in _UNUSED | _OWN:
-            raise unknown("Vim constructor argument", name, {*_NAMES, *_MIXER, *_UNUSED, *_OWN})
+            raise unknown("Vim constructor argument", name, {*_NAMES, *_MIXER, *STEPS, *_UNUSED, *_OWN})
     if mixer.get("rank") == "auto":
         mixer["rank"] = None
     if config.get("if_bimamba"):
@@ -121,6 +119,11 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) ->
     else:
         fields["class_token"] = "middle" if config.get("use_middle_cls_token", True) else "first"
     return Vim(VimConfig(**fields, **mixer))
+
+
+def step_init(given: dict[str, Any]) -> StepInit:
+    """How the steps start; takes the authors' arguments that say so out of `given`."""
+    return StepInit(**{ours: given.pop(name) for name, ours in STEPS.items() if name in given})
 
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
