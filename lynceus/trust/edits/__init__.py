@@ -1,1 +1,14 @@
-"""Edits of objects."""
+"""Edits of masked objects: size, direction, position, background, complexity; and the audit that asks a model of each.
+
+ImageNet-E: Benchmarking Neural Network Robustness via Attribute Editing, CVPR 2023, arXiv 2303.17096.
+
+edited = edit(sample, size=0.1, angle=30, position="random", complexity=0.5)   # -> Sample
+report = audit(subject, samples)                                              # -> Report
+"""
+
+from lynceus.trust.edits.complexity import complexity as complexity
+from lynceus.trust.edits.edit import Scene as Scene
+from lynceus.trust.edits.edit import edit as edit
+from lynceus.trust.edits.find import find_mask as find_mask
+
+__all__ = ["Scene", "complexity", "edit", "find_mask"]

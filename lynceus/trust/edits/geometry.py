@@ -158,7 +158,7 @@ def cut(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], *, mar
 
 
 def resized(piece: Cutout, factor: float, anchor: tuple[float, float]) -> Cutout:
-    """The object larger or smaller by `factor` about the scene's point `anchor` (row, column), smoothed when smaller."""
+    """The object larger or smaller by `factor` about the scene's point `anchor` (row, column), smoothed if smaller."""
     h, w = piece.mask.shape
     size = (max(1, round(h * factor)), max(1, round(w * factor)))
     stack = np.concatenate([piece.image, piece.mask[..., None]], axis=2)
