@@ -22,6 +22,8 @@ CHECKS: dict[str, tuple[str, str]] = {
     "fewshot": ("lynceus.gauntlet.probes:FewShot", "a few labels per class on frozen features"),
     "retrieval": ("lynceus.gauntlet.retrieval:Retrieval", "finding the same picture or class by frozen features"),
     "shift": ("lynceus.trust.shift:ShiftConsistency", "does the answer change when the camera moves by a pixel?"),
+    "attacks": ("lynceus.trust.attacked:Attacked", "accuracy when every image may be changed within a small ball"),
+    "attribution": ("lynceus.explain.worst_cases:Attribution", "which pixels the worst answers rest on"),
     "scaling": ("lynceus.gauntlet.scaling:DataScaling", "how accuracy grows with data, and what more data would bring"),
     "cost": ("lynceus.core.cost:CostCheck", "parameters, multiply-adds, memory, latency"),
 }

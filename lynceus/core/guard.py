@@ -161,8 +161,9 @@ def examine(
 
     Raises for: no images, pixels that are not finite or not in [0, 1], a model in training mode, answers that are not
     finite (naming the layer where they begin) or not (b, k), a number of classes other than `classes`, labels that the
-    model does not have, answers that depend on the other images of the batch. Notes: answers that look like
-    probabilities, or that differ from call to call. The model is asked about at most `probe` images, three times.
+    model does not have, a model that writes on its input, answers that depend on the other images of the batch.
+    Notes: answers that look like probabilities, or that differ from call to call. The model is asked about at most
+    `probe` images, four times.
     """
     names = list(ids) if ids is not None else [f"sample {i}" for i in range(len(images))]
     if images.ndim != 4 or len(images) == 0:
@@ -182,6 +183,13 @@ def examine(
             )
     few = as_float(images[: max(1, probe)])
     with torch.no_grad():
+        copy = few.clone()
+        _outputs(subject, copy)
+        if not copy.equal(few):
+            raise AdviceError(
+                f"{subject.name} writes on the images that it is given, so that they change while they are studied. "
+                "Give it a copy: Subject(lambda x: model(x.clone())), or inplace=False in its first layer."
+            )
         first, second = _outputs(subject, few), _outputs(subject, few)
         alone = torch.cat([_outputs(subject, x[None]) for x in few]) if len(few) > 1 else first
     _finite(subject, few, first, names)

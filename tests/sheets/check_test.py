@@ -16,10 +16,12 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.nouns import Check
 from lynceus.core.report import Report
 from lynceus.core.subject import Subject
+from lynceus.explain.worst_cases import Attribution
 from lynceus.gauntlet.probes import KNN, FewShot, LinearProbe, LinearSVM, Logistic
 from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.train.evaluate import Evaluate
+from lynceus.trust.attacked import Attacked
 from lynceus.trust.shift import ShiftConsistency
 
 MEMBERS = {
@@ -32,7 +34,9 @@ MEMBERS = {
     "few-shot": FewShot(shots=(1, 5), episodes=3),
     "retrieval": Retrieval(),
     "data scaling": DataScaling(config=ScalingConfig(sizes=(20, 40, 80), seeds=2, draws=20)),
+    "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
     "shift consistency": ShiftConsistency(limit=40),
+    "attribution": Attribution(count=2, steps=5, limit=40),
     "evaluate": Evaluate(quiet=True),
     "cost": CostCheck(repeats=0),  # times differ from call to call
 }
