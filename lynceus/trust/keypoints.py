@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -214,14 +213,16 @@ def _finder(detector: Detector) -> tuple[Callable[[np.ndarray, float], np.ndarra
     if detector == "gaussians":
         return _gaussians, "differences of Gaussians"
     try:
-        cv2: Any = import_module("cv2")
+        import cv2
     except ImportError:
         if detector == "sift":
             raise missing_extra("opencv-python-headless", "trust", use='detector="sift"') from None
         return _gaussians, "differences of Gaussians (OpenCV is not installed)"
 
+    make: Any = vars(cv2)["SIFT_create"]  # its stubs do not know it
+
     def sift(grey: np.ndarray, contrast: float) -> np.ndarray:
-        found = cv2.SIFT_create(contrastThreshold=contrast).detect(np.ascontiguousarray(grey), None)
+        found = make(contrastThreshold=contrast).detect(np.ascontiguousarray(grey), None)
         rows = [(p.pt[1], p.pt[0], p.size, p.response) for p in found]
         return np.array(sorted(set(rows)), dtype=np.float64).reshape(-1, 4)
 

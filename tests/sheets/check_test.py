@@ -22,6 +22,7 @@ from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
+from lynceus.trust.game import Game
 from lynceus.trust.shift import ShiftConsistency
 
 MEMBERS = {
@@ -37,6 +38,8 @@ MEMBERS = {
     "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
     "shift consistency": ShiftConsistency(limit=40),
     "attribution": Attribution(count=2, steps=5, limit=40),
+    "game": Game(queries=150, limit=3),
+    "game, one player": Game(queries=100, limit=2, mode="single"),
     "evaluate": Evaluate(quiet=True),
     "cost": CostCheck(repeats=0),  # times differ from call to call
 }
