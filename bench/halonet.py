@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench._digits import accuracy, train
-from bench.swin import pairs
+from bench.swin import learn_pairs
 from lynceus.backbones.halonet import VARIANTS, Bottleneck, HaloNet, HaloNetConfig
-from lynceus.core.rng import generator
 from lynceus.layers.halo import HaloOptions
 
 # 7x7 stem, two stages of two blocks, for 32 pixels
@@ -55,24 +53,10 @@ class Marks(nn.Module):
         return out
 
 
-def marks(halo: int, seed: int, *, depth: int = 2, steps: int = 300) -> float:
+def marks(halo: int, seed: int, *, depth: int = 2) -> float:
     """Held-out accuracy of telling whether two marks, either side of a block border, have the same colour."""
     torch.manual_seed(seed)
-    model = Marks(halo, depth=depth).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    random = generator(seed, "pairs")
-    for _ in range(steps):
-        x, y = pairs(64, random)
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        cycle.step()
-    x, y = pairs(2048, generator(seed, "held out"))
-    with torch.no_grad():
-        return float((model.eval()(x).argmax(1) == y).float().mean())
+    return learn_pairs(Marks(halo, depth=depth), seed)
 
 
 def gathered() -> dict[str, float]:

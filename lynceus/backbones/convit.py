@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.backbones._base import Backbone, BackboneConfig
+from lynceus.backbones._init import init_linears
 from lynceus.backbones.vit import spread
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import to_map
@@ -126,14 +127,7 @@ class ConViT(Backbone):
         """As `config.init` says, zero biases; the local start comes last, so that nothing overwrites it."""
         scratch = self.config.init == "scratch"
         small = {self.head, *(m.pos_proj for m in self.modules() if isinstance(m, GatedPositionAttention))}
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                if scratch and m not in small:
-                    nn.init.xavier_uniform_(m.weight)
-                else:
-                    nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_linears(self, scratch=scratch, small=small)
         for table in (self.pos_embed, self.cls_token):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)

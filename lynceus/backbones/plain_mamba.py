@@ -39,10 +39,10 @@ class PlainMambaConfig(BackboneConfig):
     of the whole: the stem makes a step of 2, the projection the rest. dim, depth: width and layers. stem_convs: 3x3
     convolutions in the stem. dwconv: layers behind which a 3x3 depthwise convolution, batch norm and GELU take the
     place of the stream (no shortcut). states, conv, expand, rank, layer_scale, steps: of the mixers (rank None: dim /
-    16, rounded up). order, directions, reorder_all, double_bias: see `lynceus.layers.plain_scan.PlainMamba2d`; the defaults
-    are what the released weights were trained with. rms_norm: before the mixers, else LayerNorm. position: a learned
-    table. final_norm: LayerNorm `ln1` at the end; norm_eps: of it and of the maps'. out_indices: layers whose maps are
-    given, each but the last layer's through its own LayerNorm; None: four, evenly spaced, as they are.
+    16, rounded up). order, directions, reorder_all, double_bias: see `lynceus.layers.plain_scan.PlainMamba2d`; the
+    defaults are what the released weights were trained with. rms_norm: before the mixers, else LayerNorm. position: a
+    learned table. final_norm: LayerNorm `ln1` at the end; norm_eps: of it and of the maps'. out_indices: layers whose
+    maps are given, each but the last layer's through its own LayerNorm; None: four, evenly spaced, as they are.
     """
 
     image_size: tuple[int, int] = (224, 224)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.backbones._base import Backbone, BackboneConfig
+from lynceus.backbones._init import init_linears
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import to_map
 from lynceus.core.types import Stage
@@ -177,14 +178,7 @@ class ViT(Backbone):
         """As `config.init` says; biases 0, class token and registers normal of 1e-6, classifier always small."""
         scratch = self.config.init == "scratch"
         heads = (self.head, getattr(self, "head_dist", None))
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                if scratch and m not in heads:
-                    nn.init.xavier_uniform_(m.weight)
-                else:
-                    nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_linears(self, scratch=scratch, small=heads)
         for table in (self.pos_embed, self.dist_token):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
