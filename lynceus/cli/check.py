@@ -25,6 +25,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "attacks": ("lynceus.trust.attacked:Attacked", "accuracy when every image may be changed within a small ball"),
     "attribution": ("lynceus.explain.worst_cases:Attribution", "which pixels the worst answers rest on"),
     "game": ("lynceus.trust.game:Game", "how few painted pixels change the answer, found from outputs alone?"),
+    "corrupted": ("lynceus.trust.corrupted:Corrupted", "noise, blur, weather, digital damage at five severities; mCE"),
     "scaling": ("lynceus.gauntlet.scaling:DataScaling", "how accuracy grows with data, and what more data would bring"),
     "cost": ("lynceus.core.cost:CostCheck", "parameters, multiply-adds, memory, latency"),
 }

@@ -22,6 +22,7 @@ from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
+from lynceus.trust.corrupted import Corrupted
 from lynceus.trust.game import Game
 from lynceus.trust.shift import ShiftConsistency
 
@@ -36,6 +37,7 @@ MEMBERS = {
     "retrieval": Retrieval(),
     "data scaling": DataScaling(config=ScalingConfig(sizes=(20, 40, 80), seeds=2, draws=20)),
     "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
+    "common corruptions": Corrupted(corruptions=("noise", "fog", "spatter"), severities=(1, 5), limit=40),
     "shift consistency": ShiftConsistency(limit=40),
     "attribution": Attribution(count=2, steps=5, limit=40),
     "game": Game(queries=150, limit=3),

@@ -19,7 +19,7 @@ from lynceus.data.corrupt import blur, digital, noise, weather
 from lynceus.data.corrupt.draws import Draws, OfficialDraws
 from lynceus.data.corrupt.filters import SLACK
 from lynceus.data.corrupt.spatter import spatter
-from lynceus.data.corrupt.tables import CORRUPTIONS, PLASMA, SEVERITIES, SHRUNK, Scale
+from lynceus.data.corrupt.tables import BENCHMARK, CORRUPTIONS, GROUPS, PLASMA, SEVERITIES, SHRUNK, Scale
 
 # one generator for the batch, one per picture, numpy's legacy one for the authors' order of draws, or nothing: seed 0
 Randomness = torch.Generator | Sequence[torch.Generator] | np.random.RandomState | None
@@ -58,6 +58,25 @@ def corrupt(
     if not byte:
         out = (out.float() / 255).to(images.dtype)
     return out if images.ndim == 4 else out[0]
+
+
+def chosen(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Corruptions by name, by group (noise, blur, weather, digital, validation), "benchmark" (the 15) or "all" (19), in
+    the order of the benchmark. Raises AdviceError for an unknown name."""
+    sets = {**GROUPS, "benchmark": BENCHMARK, "all": CORRUPTIONS} | {n: (n,) for n in CORRUPTIONS}
+    wanted: set[str] = set()
+    for name in (names,) if isinstance(names, str) else names:
+        if name not in sets:
+            raise unknown("corruption", str(name), sets)
+        wanted |= set(sets[name])
+    if not wanted:
+        raise AdviceError("Name at least one corruption, a group of them, 'benchmark' or 'all'.")
+    return tuple(n for n in CORRUPTIONS if n in wanted)
+
+
+def natural_scale(height: int, width: int) -> Scale:
+    """The constants made for pictures of about this size: "cifar" up to 48 pixels on the shorter side."""
+    return "cifar" if min(height, width) <= 48 else "imagenet"
 
 
 def _apply(batch: Tensor, name: str, constants: object, draws: Draws, scale: Scale, swap: bool) -> Tensor:
