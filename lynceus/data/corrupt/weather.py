@@ -6,12 +6,13 @@ frost photographs over the picture; here the frost is made: no photograph is shi
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lynceus.data.corrupt.draws import Draws
-from lynceus.data.corrupt.filters import clipped_zoom, grey, line_blur
+from lynceus.data.corrupt.filters import clipped_zoom, gaussian, grey, line_blur
 
 
 def fog(x: Tensor, constants: tuple[float, float], draws: Draws, *, least: int) -> Tensor:
@@ -68,31 +69,59 @@ def frost(x: Tensor, constants: tuple[float, float], draws: Draws, *, size: floa
     return picture * x + ice * frost_texture(h, w, draws, size=size)
 
 
+# mean colour and deviation of five kinds of frost, from thin and blue to thick and white
+_KINDS = (
+    (0.31, 0.58, 0.65, 0.08),
+    (0.79, 0.80, 0.84, 0.085),
+    (0.79, 0.80, 0.84, 0.085),
+    (0.54, 0.60, 0.65, 0.11),
+    (0.44, 0.48, 0.53, 0.17),
+)
+_WAYS = 5  # directions in which needles grow
+
+
 def frost_texture(h: int, w: int, draws: Draws, *, size: float = 1.0) -> Tensor:
-    """Frost on glass, (b, 3, h, w) in [0, 1]: bright needles that branch off random cells, thicker towards one side.
+    """Frost on glass, (b, 3, h, w) in [0, 1]: fields of needles, each field in its own direction, over soft clouds.
 
     size: of the crystals; 1 is for pictures of a few hundred pixels.
     """
-    clear = _clouds(h, w, draws, cell=120 * size, octaves=2)
-    needles = torch.zeros_like(clear)
-    for cell, amount in ((48 * size, 0.5), (24 * size, 0.3), (11 * size, 0.2)):
-        ridge = 1 - (2 * _clouds(h, w, draws, cell=cell, octaves=3) - 1).abs() * 3
-        needles = needles + amount * ridge.clamp_(0, 1)
-    lean = draws.uniform(2).to(clear) * 2 - 1
-    slope = torch.linspace(-0.5, 0.5, h).to(clear)[:, None] * lean[:, 0, None, None]
-    slope = slope + torch.linspace(-0.5, 0.5, w).to(clear) * lean[:, 1, None, None]
-    ice = (0.25 + 0.5 * clear + 0.5 * slope).clamp_(0, 1) * (0.35 + 1.1 * needles)
-    tint = torch.tensor([0.82, 0.95, 1.0]).to(ice)[None, :, None, None]
-    return (ice[:, None] * tint).clamp_(0, 1)
+    kind = torch.tensor(_KINDS)[draws.integers(0, len(_KINDS)).cpu()].to(draws.device)
+    turn = draws.uniform().cpu() * 180
+    length = max(1, round(14 * size))
+    margin = 2 * length + 1
+    seeds = draws.normal(1, h + 2 * margin, w + 2 * margin)
+    needles = total = torch.zeros(len(kind), 1, h, w, device=draws.device)
+    for way in range(_WAYS):
+        # where this direction reigns: a high power of smooth noise
+        here = smooth_noise(h, w, draws, cell=40 * size).mul_(7).exp_()
+        line = line_blur(seeds, length, 0.6 * length, turn + way * 180 / _WAYS)
+        needles = needles + here * line[:, :, margin : margin + h, margin : margin + w]
+        total = total + here
+    clouds = torch.zeros_like(total)
+    for cell, weight in ((90, 1.0), (30, 0.6), (10, 0.4)):
+        clouds = clouds + smooth_noise(h, w, draws, cell=cell * size) * weight
+    ice = _standard(_standard(gaussian(needles / total, 0.6)) * 0.75 + _standard(clouds) * 0.65)
+    ice = ice + 0.15 * (ice * ice - 1)  # more bright needles than dark gaps
+    return (kind[:, :3, None, None] + kind[:, 3:, None, None] * ice).clamp_(0, 1)
 
 
-def _clouds(h: int, w: int, draws: Draws, *, cell: float, octaves: int) -> Tensor:
-    """Smooth noise (b, h, w) in [0, 1] with details of about `cell` pixels, each octave half as large and strong."""
-    total, weight, out = 0.0, 1.0, None
-    for _ in range(octaves):
-        rows, columns = max(2, round(h / cell) + 2), max(2, round(w / cell) + 2)
-        layer = F.interpolate(draws.uniform(1, rows, columns), (h, w), mode="bicubic", align_corners=True)
-        out = layer * weight if out is None else out + layer * weight
-        total, weight, cell = total + weight, weight / 2, max(1.0, cell / 2)
-    assert out is not None
-    return (out[:, 0] / total).clamp_(0, 1)
+def _standard(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 per picture."""
+    x = x - x.mean((2, 3), keepdim=True)
+    return x / x.pow(2).mean((2, 3), keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def smooth_noise(h: int, w: int, draws: Draws, *, cell: float) -> Tensor:
+    """Cubic B-splines on a grid of random values, (b, 1, h, w) in [0, 1], with details of about `cell` pixels."""
+    rows, columns = _spline(h, cell), _spline(w, cell)
+    knots = draws.uniform(1, rows.shape[1], columns.shape[1])
+    return rows.to(knots) @ knots @ columns.T.to(knots)
+
+
+@lru_cache(maxsize=64)
+def _spline(n: int, cell: float) -> Tensor:
+    """Weights (n, knots) of cubic B-splines whose knots lie `cell` pixels apart."""
+    place = torch.arange(n, dtype=torch.float64) / max(cell, 1.0) + 1
+    far = (place[:, None] - torch.arange(int(place[-1]) + 3)).abs()
+    near = 2 / 3 - far**2 + far**3 / 2
+    return torch.where(far < 1, near, (2 - far).clamp(min=0) ** 3 / 6).float()
