@@ -23,6 +23,7 @@ from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
 from lynceus.trust.corrupted import Corrupted
+from lynceus.trust.edits import Edits
 from lynceus.trust.game import Game
 from lynceus.trust.shift import ShiftConsistency
 
@@ -38,6 +39,7 @@ MEMBERS = {
     "data scaling": DataScaling(config=ScalingConfig(sizes=(20, 40, 80), seeds=2, draws=20)),
     "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
     "common corruptions": Corrupted(corruptions=("noise", "fog", "spatter"), severities=(1, 5), limit=40),
+    "attribute edits": Edits(masks="threshold", limit=6, candidates=2, quiet=True),
     "shift consistency": ShiftConsistency(limit=40),
     "attribution": Attribution(count=2, steps=5, limit=40),
     "game": Game(queries=150, limit=3),

@@ -108,7 +108,7 @@ def _calmer(half: np.ndarray, width: int) -> Callable[[float], np.ndarray]:
     size[:, 1 : (width + 1) // 2] *= 2
     rings = np.round(radius * max(h, width)).astype(int)
     held = np.cumsum(np.bincount(rings.ravel(), weights=size.ravel()))
-    held /= held[-1]
+    held = held / held[-1]
 
     def make(knob: float) -> np.ndarray:
         last = int(np.searchsorted(held, knob))

@@ -90,7 +90,7 @@ class Scene:
 
     @cached_property
     def ground(self) -> Ground:
-        """The picture without the object. Its `hole` is the mask, and the rim around it where the object shows there."""
+        """The picture without the object. `hole`: the mask, and the rim around it where the object shows there."""
         hole = grown(self.mask, margin(self.size))
         made = remove(self.image, hole, method=self.method, rng=numpy_generator(self.seed, "hole", self.sample.id))
         soft = soft_edge(self.image, made.image, self.mask) if self.halo == "auto" else float(self.halo == "remove")
@@ -191,8 +191,8 @@ def edit(
     background: "plain" (the ground's mean colour), "blurred", "random" (the ground of one of `donors`), a picture
       (3, h, w), or a Sample, whose own object is removed first. complexity: share by which the ground's complexity
       rises (> 0) or falls (-1 < share < 0) where the object does not hide it; a random donor lends its amplitudes.
-    blend: "feather", "poisson" or "paste". method: how the hole is filled: "moved", "telea" or "ring". halo: whether the
-      pixels just outside the mask belong to the object: "auto" looks, "keep" leaves them bit-equal.
+    blend: "feather", "poisson" or "paste". method: how the hole is filled: "moved", "telea" or "ring". halo: whether
+      the pixels just outside the mask belong to the object: "auto" looks, "keep" leaves them bit-equal.
     Returns a Sample: image (as the input's type), masks (1, h, w), box, label, and extra["edit"]: what was reached
       ("rate", "angle", "position", "visible", "complexity", "blend", "notes"). Depth, flow and other objects' masks
       do not hold any more and are left out.
@@ -264,7 +264,9 @@ def _sized(scene: Scene, piece: Cutout, size: float | str, log: dict[str, Any]) 
     if not best[1].solid.any():
         raise AdviceError(f"At the size {size} nothing is left of the object of {_name(scene)}; ask for a larger one.")
     if best[0] > NEAR:
-        log["notes"].append(f"size {best[1].solid.sum() / (h * w):.3f} instead of {wanted}: the box is as large as fits")
+        log["notes"].append(
+            f"size {best[1].solid.sum() / (h * w):.3f} instead of {wanted}: the box is as large as fits"
+        )
     return best[1]
 
 
@@ -288,9 +290,7 @@ def _into(start: int, length: int, whole: int) -> int:
     return min(max(start, 0), whole - length) if length <= whole else (whole - length) // 2
 
 
-def _moved_to(
-    scene: Scene, piece: Cutout, position: tuple[int, int] | str, rng: np.random.Generator
-) -> Cutout:
+def _moved_to(scene: Scene, piece: Cutout, position: tuple[int, int] | str, rng: np.random.Generator) -> Cutout:
     h, w = scene.size
     x, y, bw, bh = scene_box(piece)
     room = (max(h - bh, 0), max(w - bw, 0))

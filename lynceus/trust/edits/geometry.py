@@ -163,6 +163,9 @@ def resized(piece: Cutout, factor: float, anchor: tuple[float, float]) -> Cutout
     size = (max(1, round(h * factor)), max(1, round(w * factor)))
     stack = np.concatenate([piece.image, piece.mask[..., None]], axis=2)
     channels = torch.from_numpy(stack).permute(2, 0, 1)[None].float()
+    if factor > 1:  # a hard mask would keep its steps, enlarged
+        cover = F.pad(channels[:, 3:], (1, 1, 1, 1), mode="replicate")
+        channels[:, 3:] = F.avg_pool2d(F.avg_pool2d(cover, 2, 1), 2, 1)
     small = F.interpolate(channels, size, mode="bilinear", align_corners=False, antialias=factor < 1)[0]
     out = small.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     top = round(anchor[0] + (piece.top - anchor[0]) * size[0] / h)

@@ -195,9 +195,7 @@ def _coarse(
     return cells[0] / np.maximum(cells[1], 1e-6), cells[1] > 0.999, cells[2] > 0
 
 
-def _misfits(
-    grey: np.ndarray, known: np.ndarray, hole: np.ndarray, ring: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _misfits(grey: np.ndarray, known: np.ndarray, hole: np.ndarray, ring: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For every move: the variance of the difference over the ring, and the share of the hole that it covers."""
     h, w = grey.shape
     size = (fft.next_fast_len(2 * h - 1, real=True), fft.next_fast_len(2 * w - 1, real=True))
