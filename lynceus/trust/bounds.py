@@ -12,6 +12,7 @@ so `verify` asks for a margin above 1e-6 of the logits' scale.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -200,12 +201,17 @@ def margin_rows(label: Tensor | int, batch: int, classes: int) -> Float[Tensor, 
     return eye[label][:, None] - eye[others]
 
 
+class Late(Exception):
+    """The time for bounds is over."""
+
+
 class Propagation:
     """Bounds of one network over one batch of regions. `hidden`: node whose output a ReLU reads -> (lower, upper).
 
     known: bounds of hidden nodes that are certain already (of a larger region), to be intersected with.
     kernel_rows: an L2 ball seen through a padded convolution gets the norm of the whole kernel at the border too, as
       auto_LiRPA does; False is exact there.
+    until: a moment (time.perf_counter) after which `Late` is raised.
     """
 
     def __init__(
@@ -217,7 +223,9 @@ class Propagation:
         intersect: bool = True,
         known: dict[int, tuple[Tensor, Tensor]] | None = None,
         kernel_rows: bool = False,
+        until: float = math.inf,
     ):
+        self.until = until
         self.network, self.region, self.method, self.intersect = network, region, method, intersect
         self.kernel_rows = kernel_rows
         self.batch = len(region)
@@ -298,6 +306,8 @@ class Propagation:
         step = max(1, ENTRIES // (2 * self.batch * widest))
         below, above = [], []
         for start in range(0, len(rows), step):
+            if time.perf_counter() > self.until:
+                raise Late
             part = rows[start : start + step]
             eye = torch.zeros(1, len(part), node.size, dtype=self.network.dtype, device=self.network.device)
             eye[0, torch.arange(len(part)), part] = 1

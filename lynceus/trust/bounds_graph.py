@@ -644,17 +644,26 @@ def fused(network: Network) -> Network:
     for index, node in enumerate(nodes):
         if index in inner:
             continue
-        op, inputs = node.op, node.inputs
-        if index in chain:
-            start, run = chain[index]
-            inputs = (start,)
-            if all(isinstance(nodes[i].op, View) for i in run):
-                op = View(nodes[start].shape, node.shape)
-            elif nodes[start].size * node.size <= LARGE:
-                op = _matrix(network, start, run)
-        place[index] = len(out)
-        out.append(Node(op=op, inputs=tuple(place[i] for i in inputs), shape=node.shape, layer=node.layer))
+        start, run = chain.get(index, (-1, [index]))
+        joined: Operator | None = None
+        if len(run) > 1 and all(isinstance(nodes[i].op, View) for i in run):
+            joined = View(nodes[start].shape, node.shape)
+        elif index in chain and nodes[start].size * node.size <= LARGE and _worth(nodes, run):
+            joined = _matrix(network, start, run)
+        if joined is not None:
+            place[index] = len(out)
+            out.append(Node(op=joined, inputs=(place[start],), shape=node.shape, layer=node.layer))
+            continue
+        for i in run:
+            place[i] = len(out)
+            inputs = tuple(place[j] for j in nodes[i].inputs)
+            out.append(Node(op=nodes[i].op, inputs=inputs, shape=nodes[i].shape, layer=nodes[i].layer))
     return Network(nodes=out, name=network.name, device=network.device)
+
+
+def _worth(nodes: Sequence[Node], run: Sequence[int]) -> bool:
+    """A matrix is better than a single step that only picks or scales."""
+    return any(isinstance(nodes[i].op, (Dense, Convolution)) for i in run)
 
 
 def _matrix(network: Network, start: int, run: Sequence[int]) -> Dense:
