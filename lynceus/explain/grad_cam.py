@@ -68,7 +68,7 @@ def last_map(subject: Subject, images: Float[Tensor, "b c h w"]) -> str:
 
     def listen(name: str) -> Any:
         def hear(_module: nn.Module, _args: Any, out: Any) -> None:
-            grid = _grid(out, few) if isinstance(out, Tensor) else None
+            grid = as_map(out, few) if isinstance(out, Tensor) else None
             if grid is not None:
                 seen.pop(name, None)
                 seen[name] = (len(seen), int(grid(out).shape[1]))
@@ -134,7 +134,7 @@ def _through_hook(subject: Subject, images: Tensor, targets: Tensor | None, laye
             gradient = _slope(out, kept[-1], targets)
     finally:
         handle.remove()
-    grid = _grid(kept[-1], images)
+    grid = as_map(kept[-1], images)
     if grid is None:
         raise AdviceError(
             f"The layer {layer!r} gives {tuple(kept[-1].shape)}, which is no map (b, c, h, w) and no grid of tokens; "
@@ -152,7 +152,7 @@ def _slope(outputs: Tensor, of: Tensor, targets: Tensor | None) -> Tensor:
     return torch.zeros_like(of) if gradient is None else gradient.detach()
 
 
-def _grid(out: Tensor, images: Tensor) -> Grid | None:
+def as_map(out: Tensor, images: Tensor) -> Grid | None:
     """How a module's output is read as a map of these images; None if it is none, or has a single cell."""
     height, width = int(images.shape[-2]), int(images.shape[-1])
     if len(out) != len(images):

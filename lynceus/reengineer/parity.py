@@ -46,6 +46,7 @@ FAMILIES: dict[str, str] = {
     "cvt": "lynceus.reengineer.keys.cvt",
     "hornet": "lynceus.reengineer.keys.hornet",
     "hyena-nd": "lynceus.reengineer.keys.hyena_vit",
+    "milan": "lynceus.reengineer.keys.milan",
     "plain-mamba": "lynceus.reengineer.keys.plain_mamba",
     "resnet": "lynceus.reengineer.keys.resnet",
     "soft": "lynceus.reengineer.keys.soft",
