@@ -69,8 +69,9 @@ def exemplars(
     layer: a module's name; its own output is read, before whatever follows (an activation in place changes nothing).
       Maps (b, c, h, w), channels-last maps and tokens (without the class token) are read. A vector (b, c) is a map of
       one cell. quantile: of the activations at all positions of all images; the level of a mask. units: which channels;
-      None takes all. exact: up to this many positions per unit are all kept; behind that a sketch of fixed size is, whose
-      rank is off by about 0.1%. Raises AdviceError for an unknown layer, a plain function, too few images, or a wrong quantile.
+      None takes all. exact: up to this many positions per unit are all kept; behind that a sketch of fixed size
+      is, whose rank is off by about 0.1%.
+    Raises AdviceError for an unknown layer, a plain function, too few images, or a wrong quantile.
     """
     if not isinstance(subject.model, nn.Module):
         raise AdviceError(f"{subject.name} is a plain function: it has no layers to look into.")
