@@ -13,7 +13,8 @@ def inside(rules: dict[str, Any], parent: str) -> dict[str, Any]:
 
 def _below(rule: Any, parent: str) -> Any:
     if isinstance(rule, str):
-        return rule.replace("^", f"^{parent}\\.") if "^" in rule else f"^{parent}\\..*{rule}"
+        # timm matches at the beginning of a name, so "^a|b" means "^(a|b)"
+        return f"^{parent}\\.(?:{rule.replace('^', '')})" if "^" in rule else f"^{parent}\\..*{rule}"
     if isinstance(rule, Sequence):
         return [(_below(first, parent), *rest) for first, *rest in rule]
     return rule

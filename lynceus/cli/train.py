@@ -28,6 +28,7 @@ class Options:
     limit: int | None = None  # use at most this many images, each class thinned alike
     val: float = 0.2  # share of the images set aside, where the data has no split of its own
     preset: Literal["auto", "plain", "small", "photo", "fine-tune"] = "auto"  # augmentation
+    recipe: Literal["supervised", "augmix"] = "supervised"  # augmix: robust to corruptions, three times the work
     label_smoothing: float = 0.0  # share of the target spread over all classes
     loss: str | None = None  # a function of your own, module:function, (raw, batch) -> {"loss": tensor}
     resume: bool = False  # go on with the run in --out
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         "size": options.size,
         "held_out": options.val,
         "preset": options.preset,
+        "recipe": options.recipe,
         "label_smoothing": options.label_smoothing or None,
         "weights": str(options.weights) if options.weights else None,
     }

@@ -16,6 +16,7 @@ from lynceus.core.errors import AdviceError, unknown
 from lynceus.core.report import Report
 from lynceus.core.rng import borrowed
 from lynceus.data import Dataset, open_dataset
+from lynceus.recipes.augmix import AugMix
 from lynceus.recipes.supervised import PHOTO, PRESETS, Supervised, SupervisedConfig
 from lynceus.tasks.classify import Classify
 from lynceus.train.fit import FitConfig, fit
@@ -62,6 +63,7 @@ def train_classifier(
     weights: str | Path | None = None,
     label_smoothing: float = 0.0,
     loss: Callable[[Any, Any], dict[str, Any]] | None = None,
+    recipe: Literal["supervised", "augmix"] = "supervised",
     out: str | Path | None = None,
     resume: bool | Literal["changed"] = False,
 ) -> tuple[nn.Module, Report]:
@@ -73,6 +75,8 @@ def train_classifier(
     size: side of the square that images are brought to; None decides by the images and the model.
     preset: augmentation. augment: fields of SupervisedConfig that differ from the preset.
     loss: a function (raw outputs, batch) -> {"loss": tensor, ...} in place of cross-entropy.
+    recipe: "augmix" also asks for one answer for a picture and mixtures of its changes, for robustness; a step costs
+      three times as much.
     out, resume: the run folder, and whether to go on with the run in it (see `fit`).
     """
     config = config or FitConfig()
@@ -94,6 +98,12 @@ def train_classifier(
         load_weights(backbone, weights, head="drop")
     view = view_of(data, backbone, size)
     task = Classify(classes=tuple(data.classes), label_smoothing=label_smoothing, image_size=view or None)
-    recipe = Supervised(task, backbone, recipe_config(preset, view, augment), loss=loss)
-    report = fit(recipe, train, config=config, held_out=test, out=out, resume=resume)
-    return recipe.export(), report
+    views = recipe_config(preset, view, augment)
+    if recipe not in ("supervised", "augmix"):
+        raise unknown("recipe", recipe, ["supervised", "augmix"])
+    learner = (
+        AugMix(task, backbone, views=views, loss=loss) if recipe == "augmix"
+        else Supervised(task, backbone, views, loss=loss)
+    )  # fmt: skip
+    report = fit(learner, train, config=config, held_out=test, out=out, resume=resume)
+    return learner.export(), report

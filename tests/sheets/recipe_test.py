@@ -9,6 +9,8 @@ from lynceus.core import rng
 from lynceus.core.nouns import Recipe
 from lynceus.core.types import Batch
 from lynceus.data import open_dataset
+from lynceus.recipes.augmix import AugMix
+from lynceus.recipes.robustify import Robustify, RobustifyConfig
 from lynceus.recipes.supervised import Supervised, SupervisedConfig
 from lynceus.recipes.token_label import TokenLabel
 from lynceus.tasks.classify import Classify
@@ -30,12 +32,28 @@ def token_labels(annotator=False):
     return TokenLabel(Classify(num_classes=10), net, annotator=teacher)
 
 
+def augmix():
+    torch.manual_seed(0)
+    return AugMix(Classify(num_classes=10), create_model("resnet_nano"), views=SupervisedConfig(crop=2, flip=0.5))
+
+
+def robustify(name="resnet_nano", **options):
+    torch.manual_seed(0)
+    task = Classify(num_classes=10)
+    teacher = task.build(create_model("convnext_nano", num_classes=10))
+    big = task.build(create_model(name, num_classes=10))
+    return Robustify(big, teacher, RobustifyConfig(**options), views=SupervisedConfig(crop=2))
+
+
 MEMBERS = {
     "supervised": lambda: supervised(),
     "supervised, everything on": lambda: supervised(STRONG),
     "supervised, views": lambda: supervised(SupervisedConfig(view=16, flip=0.5)),
     "token labels": lambda: token_labels(),
     "token labels, annotator": lambda: token_labels(annotator=True),
+    "augmix": lambda: augmix(),
+    "robustify": lambda: robustify(),
+    "robustify, norms": lambda: robustify("vit_nano", norms=True, uncertain=False),
 }
 
 
