@@ -23,6 +23,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "retrieval": ("lynceus.gauntlet.retrieval:Retrieval", "finding the same picture or class by frozen features"),
     "edits": ("lynceus.trust.edits.audit:Edits", "which attribute of the scene does the model lean on?"),
     "shift": ("lynceus.trust.shift:ShiftConsistency", "does the answer change when the camera moves by a pixel?"),
+    "fooling": ("lynceus.trust.fooling:Fooling", "meaningless images that the model names with near certainty"),
     "attacks": ("lynceus.trust.attacked:Attacked", "accuracy when every image may be changed within a small ball"),
     "attribution": ("lynceus.explain.worst_cases:Attribution", "which pixels the worst answers rest on"),
     "game": ("lynceus.trust.game:Game", "how few painted pixels change the answer, found from outputs alone?"),

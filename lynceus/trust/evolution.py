@@ -12,10 +12,10 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -102,15 +102,15 @@ def judge(
         for start in range(0, len(images), size):
             part = images[start : start + size].float() / 255
             if not crops:
-                out.append(log_odds(_answers(subject, part, start)))
+                out.append(log_odds(logits_of(subject, part, start)))
                 continue
-            logs = [_logs(_answers(subject, view, start)) for view in ten_crops(part, crops)]
+            logs = [_logs(logits_of(subject, view, start)) for view in ten_crops(part, crops)]
             certain, doubt = (torch.stack(side).logsumexp(0) for side in zip(*logs))
             out.append(certain - doubt)
     return torch.cat(out).clone()
 
 
-def _answers(subject: Subject, pixels: Tensor, start: int) -> Tensor:
+def logits_of(subject: Subject, pixels: Tensor, start: int) -> Tensor:
     logits = subject(pixels)
     if logits.ndim != 2 or len(logits) != len(pixels) or logits.shape[1] < 2:
         raise AdviceError(
@@ -138,6 +138,7 @@ def ten_crops(images: Tensor, side: int) -> list[Tensor]:
 
 
 # genomes -----------------------------------------------------------------------------------------------------------
+@runtime_checkable
 class Encoding(Protocol):
     """How an image is written as genes. A population is any value that the encoding itself understands."""
 
@@ -169,10 +170,12 @@ class Archive:
     cells: Int64[Tensor, " k"]
     elites: Any
     kept: int = 0  # members of elites
+    goal: float = math.inf  # log odds at which an occupant is left alone
 
     @classmethod
-    def empty(cls, classes: int) -> Archive:
-        return cls(torch.full((classes,), -math.inf, dtype=torch.float64), torch.full((classes,), -1), None)
+    def empty(cls, classes: int, goal: float = math.inf) -> Archive:
+        odds = torch.full((classes,), -math.inf, dtype=torch.float64)
+        return cls(odds, torch.full((classes,), -1), None, goal=goal)
 
     @property
     def confidence(self) -> Float64[Tensor, " k"]:
@@ -183,7 +186,7 @@ class Archive:
 
         Returns the child that now lives in each cell, -1 where the occupant stayed."""
         best, who = odds.max(0).values, odds.argmax(0)  # argmax: the first of equal ones, as one by one would keep
-        moves = best > self.odds
+        moves = (best > self.odds) & (self.odds < self.goal)
         if bool(moves.any()):
             cells = torch.where(moves, self.kept + who, self.cells)
             index, cells_now = torch.unique(cells, return_inverse=True)
@@ -226,20 +229,20 @@ def search(
     classes: Sequence[int] | None = None,
     crops: int = 0,
     batch_size: int | None = None,
+    goal: float | None = None,
     harvest: int = 0,
     seconds: float | None = None,
     queries: int | None = None,
     keep: str | Path | None = None,
     keep_every: int = 25,
-    before: Callable[[Float64[Tensor, "b k"], UInt8[Tensor, "b c h w"]], None] | None = None,
     quiet: bool = False,
 ) -> Run:
     """Evolves images for every class of `subject`, or for `classes` alone: the first population is random, then every
     generation brings `population` children of parents drawn from the occupied cells.
 
+    goal: confidence at which a cell is left alone; the search ends when all have it. None: evolves on, ever surer.
     harvest: champions (images that took a cell) to remember per class. seconds, queries: ends at the generation that
       would go beyond. keep: folder whose file, written every `keep_every` generations, lets a second run go on.
-    before: called with odds and images of the first population; may raise.
     Each generation draws from its own seed, so an interrupted run that goes on is the unbroken one.
     """
     if population < 2 or population % 2:
@@ -249,9 +252,12 @@ def search(
     cost = population * (10 if crops else 1)
     if queries is not None and queries < cost:
         raise AdviceError(f"The first population alone asks for {cost} answers; {queries} queries are too few.")
-    file = _Kept(keep, subject, encoding, population, seed, classes, crops, harvest)
+    if goal is not None and not 0 < goal < 1:
+        raise AdviceError(f"goal is a confidence between 0 and 1, such as 0.9999, not {goal}.")
+    line = math.inf if goal is None else math.log(goal) - math.log1p(-goal)
+    file = _Kept(keep, subject, encoding, population, seed, classes, crops, harvest, goal)
     began = time.monotonic()
-    run: Run | None = file.read(encoding)
+    run: Run | None = file.read(encoding, line)
     first = run.generations + 1 if run is not None else 0
     if run is not None and run.generations > generations:
         raise AdviceError(
@@ -262,6 +268,8 @@ def search(
     with progress("evolution", total=generations + 1, unit="generations", done=first, quiet=quiet) as bar:
         try:
             for generation in range(first, generations + 1):
+                if run is not None and bool((run.archive.odds >= line).all()):
+                    break
                 if run is not None and queries is not None and run.queries + cost > queries:
                     run.stopped = f"{queries:,} queries"
                 elif run is not None and seconds is not None and time.monotonic() - began > seconds:
@@ -277,11 +285,9 @@ def search(
                 images = encoding.render(children)
                 odds = judge(subject, images, batch_size=batch_size, crops=crops).cpu()
                 if run is None:
-                    if before is not None:
-                        before(odds, images)
                     picked = _checked(picked, odds.shape[1])
                     count = len(picked) if picked is not None else odds.shape[1]
-                    old = Run(Archive.empty(count), harvest=[[] for _ in range(count)])
+                    old = Run(Archive.empty(count, line), harvest=[[] for _ in range(count)])
                 else:
                     old = run
                 archive, champions = replace(old.archive), list(old.harvest)
@@ -327,7 +333,7 @@ class _Kept:
         except OSError as error:
             raise AdviceError(f"The search cannot be kept in {self.path}: {error.strerror}.") from None
 
-    def read(self, encoding: Encoding) -> Run | None:
+    def read(self, encoding: Encoding, goal: float) -> Run | None:
         if self.path is None or not self.path.is_file():
             return None
         try:
@@ -336,7 +342,7 @@ class _Kept:
             cells = torch.from_numpy(data["cells"])
             elites = encoding.unpack({k.removeprefix("elites."): v for k, v in data.items() if k.startswith("elites.")})
             kept = int(cells.max()) + 1
-            archive = Archive(torch.from_numpy(data["odds"]), cells, elites, kept)
+            archive = Archive(torch.from_numpy(data["odds"]), cells, elites, kept, goal)
             ends = np.cumsum(data["harvested"])
             harvest = [list(part) for part in np.split(data["harvest"], ends[:-1])]
             run = Run(archive, list(data["curve"]), int(data["queries"]), harvest)
@@ -375,5 +381,5 @@ def known(subject: Subject, shape: tuple[int, int, int]) -> str:
         return key
     probe = torch.rand(16, *shape, generator=rng.generator(0, "who answers"))
     with torch.inference_mode():
-        answers = _answers(subject, probe, 0).double().cpu().numpy().round(3) + 0.0
+        answers = logits_of(subject, probe, 0).double().cpu().numpy().round(3) + 0.0
     return "answers-" + hashlib.blake2b(answers.tobytes(), digest_size=12).hexdigest()

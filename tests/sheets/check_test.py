@@ -25,6 +25,7 @@ from lynceus.trust.attacked import Attacked
 from lynceus.trust.corrupted import Corrupted
 from lynceus.trust.edits import Edits
 from lynceus.trust.game import Game
+from lynceus.trust.fooling import Fooling
 from lynceus.trust.shift import ShiftConsistency
 
 MEMBERS = {
@@ -40,6 +41,9 @@ MEMBERS = {
     "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
     "common corruptions": Corrupted(corruptions=("noise", "fog", "spatter"), severities=(1, 5), limit=40),
     "attribute edits": Edits(masks="threshold", limit=6, candidates=2, quiet=True),
+    "fooling": Fooling(generations=2, population=20, limit=40, untrained=True),
+    "fooling, pixels": Fooling(encoding="pixels", generations=2, population=20, limit=40, untrained=True),
+    "fooling, ascent": Fooling(encoding="ascent", steps=5, limit=40, untrained=True),
     "shift consistency": ShiftConsistency(limit=40),
     "attribution": Attribution(count=2, steps=5, limit=40),
     "game": Game(queries=150, limit=3),
