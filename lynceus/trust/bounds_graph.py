@@ -48,6 +48,10 @@ aten = torch.ops.aten
 
 # shape-keeping steps that are nothing here
 _SAME = {"alias", "detach", "clone", "contiguous", "_to_copy", "lift_fresh", "positive"}
+# what these give does not depend on the numbers they are given
+_EMPTY = {f"{a}_like" for a in ("zeros", "ones", "full", "empty")} | {
+    f"new_{a}" for a in ("zeros", "ones", "full", "empty")
+}
 # one sample's numbers in another shape
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "squeeze_"}
 # weights >= 0, told by the operator itself: name -> every output is an input of its own (or a constant)
@@ -140,6 +144,8 @@ class _Recorder(TorchDispatchMode):
         if not any(id(a) in self.known for a in reads):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        if name in _EMPTY:
+            return func(*args, **kwargs)
         if name == "_local_scalar_dense":
             raise AdviceError(
                 f"{self._where()} reads a number from its input while it runs (a branch on values); "

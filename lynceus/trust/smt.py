@@ -1,8 +1,8 @@
 """Z3 on what bounds leave open: small boxes with few undecided ReLUs, and pre-images of a layer's values.
 
-The only file that imports z3 (extra "trust"). Weights and box corners go in as the exact rational numbers that the floats
-are; every operator of the network becomes linear equalities, ReLUs that the bounds decide become one linear piece, and
-the others a choice of two with their bounds beside. An answer is about real arithmetic.
+The only file that imports z3 (extra "trust"). Weights and box corners go in as the exact rational numbers that the
+floats are; every operator of the network becomes linear equalities, ReLUs that the bounds decide become one linear
+piece, and the others a choice of two with their bounds beside. An answer is about real arithmetic.
 """
 
 from __future__ import annotations

@@ -122,10 +122,10 @@ def verify(
     limits = (budget or Budget()).limits()
     query = ask(subject, x, dims=dims, step=step, count=count, clip=clip, label=label, network=network)
     here = query.x.double().flatten()[query.dims][None]
-    bad, good = query.judge(here)
+    bad, _ = query.judge(here)
     if bool(bad.any()):
         return _verdict(query, Outcome(kind="unsafe", point=here[0]), start, 0, "none", "The sample itself is not.")
-    point = falsify(query, goal, seed=seed)
+    point = falsify(query, goal, until=limits.until, seed=seed)
     if point is not None:
         return _verdict(query, Outcome(kind="unsafe", point=point), start, 0, "none", "")
     bound = _bounder(query, method, engine, limits.until)
@@ -185,8 +185,6 @@ def _undecided(query: Query, method: Method, until: float) -> int:
 
 
 def _verdict(query: Query, out: Outcome, start: float, undecided: int, strength: Strength, note: str) -> Verdict:
-    if out.kind == "safe" and undecided >= 0:
-        pass
     if out.kind != "safe":
         strength = "none"
     sample = found = None
@@ -256,28 +254,19 @@ def radius(
     all steps together; a step that stays unknown is halved towards what is proven. Other arguments as in `verify`.
     """
     start = time.perf_counter()
-    limits = (budget or Budget()).limits()
-    proven, refuted, open_, point = 0.0, math.inf, largest, None
-    while True:
-        top = min(open_, refuted)
-        trial = (
-            largest
-            if proven == 0 and top == largest and refuted == math.inf and open_ == largest
-            else ((proven + top) / 2)
-        )
+    allowed = budget or Budget()
+    limits = allowed.limits()
+    proven, refuted, top, point, trial = 0.0, math.inf, largest, None, largest
+    while time.perf_counter() < limits.until and top - proven > precision and trial > 0:
         left = limits.until - time.perf_counter()
-        if left <= 0 or (top - proven <= precision and not (proven == 0 and top == largest)):
-            break
-        share = left if math.isinf(left) else max(left / 3, 1e-3)
         got = verify(
             subject,
             x,
             step=trial,
-            count=1,
             dims=dims,
             clip=clip,
             goal="region",
-            budget=Budget(seconds=None if math.isinf(share) else share, boxes=budget.boxes if budget else 2000),
+            budget=Budget(seconds=None if math.isinf(left) else left / 3, boxes=allowed.boxes or 2000),
             label=label,
             method=method,
             network=network,
@@ -285,13 +274,14 @@ def radius(
         )
         if got.kind == "safe":
             proven = trial
-            if trial >= largest:
-                break
-        elif got.kind == "unsafe" and got.witness is not None:
-            reach = float((got.witness.double() - torch.as_tensor(x).reshape(got.witness.shape).double()).abs().max())
-            refuted, point = min(refuted, max(reach, proven)), got.witness
-            if reach == 0:
-                break
         else:
-            open_ = trial
+            top = trial
+        if got.witness is not None:
+            sample = torch.as_tensor(x).detach()
+            sample = sample.float() / 255 if sample.dtype == torch.uint8 else sample
+            reach = float((got.witness.double() - sample.reshape(got.witness.shape).double()).abs().max())
+            if reach < refuted:
+                refuted, point = reach, got.witness
+            top = min(top, max(refuted, proven))
+        trial = (proven + top) / 2
     return Radius(proven=proven, refuted=refuted, witness=point, seconds=time.perf_counter() - start)

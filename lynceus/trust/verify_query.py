@@ -1,13 +1,15 @@
-"""What is asked: one decision of one network, a region around it, the grid that discretises it, and the replay of points.
+"""What is asked: one decision of one network, a region around it, the grid that discretises it, and the replay of
+points.
 
-The grid is held as float32 numbers, which are what the network really sees: a point of it is evaluated as it stands, and
-boxes between grid points are boxes between these numbers. When image and step lie on the 8-bit grid k / 255, so does
-every grid point.
+The grid is held as float32 numbers, which are what the network really sees: a point of it is evaluated as it stands,
+and boxes between grid points are boxes between these numbers. When image and step lie on the 8-bit grid k / 255, so
+does every grid point.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -198,7 +200,9 @@ def check_goal(goal: str) -> None:
         raise unknown("goal", goal, ("grid", "region"))
 
 
-def falsify(query: Query, goal: Goal, *, starts: int = 32, steps: int = 12, seed: int = 0) -> Tensor | None:
+def falsify(
+    query: Query, goal: Goal, *, starts: int = 32, steps: int = 12, until: float = math.inf, seed: int = 0
+) -> Tensor | None:
     """A point (d,) of the region (of the grid for that goal) that gets another class, or None: descent on the margin
     from the sample, the centre and random points, by signs, with steps that halve from half the region's width."""
     width = query.upper - query.lower
@@ -219,7 +223,7 @@ def falsify(query: Query, goal: Goal, *, starts: int = 32, steps: int = 12, seed
                 bad = witness(query, x[found][margin[found].argsort()][:8])
                 if bad is not None:
                     return bad
-            if round_ == steps:
+            if round_ == steps or time.perf_counter() > until:
                 return None
             (gradient,) = torch.autograd.grad(margin.sum(), place)
         x = (x - reach * gradient.sign()).clamp(query.lower, query.upper)

@@ -100,7 +100,7 @@ def search_grid(query: Query, bound: Bounder, limits: Limits, *, batch: int) -> 
             continue
         low_value, high_value = table[axis, a], table[axis, b]
         try:
-            least, slopes, _ = bound(query.box(low_value, high_value), query.rows[None])
+            least, slopes, _ = bound(query.box(*_ends(query, table, a, b)), query.rows[None])
         except Late:
             return out
         open_ = ~(least > query.tolerance).all(1)
@@ -129,7 +129,7 @@ def search_grid(query: Query, bound: Bounder, limits: Limits, *, batch: int) -> 
         at = ((slope.abs() + 1e-9) * width).masked_fill(a == b, -1).argmax(1, keepdim=True)
         cut = (a.gather(1, at) + b.gather(1, at)) // 2
         left_high, right_low = b.scatter(1, at, cut), a.scatter(1, at, cut + 1)
-        gap_low, gap_high = low_value.clone(), high_value.clone()
+        gap_low, gap_high = _ends(query, table, a, b)
         out.between.append(
             (
                 gap_low.scatter(1, at, table[at[:, 0], cut[:, 0]][:, None]),
@@ -208,6 +208,17 @@ def search_region(
     return out
 
 
+def _ends(query: Query, table: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The real boxes (n, d) of boxes of indices; at the rim the region itself, which float32 points may miss by less
+    than one unit in the last place."""
+    axis = torch.arange(low.shape[1])
+    last = torch.tensor([len(v) - 1 for v in query.values])
+    a, b = table[axis, low], table[axis, high]
+    return torch.where(low == 0, torch.minimum(a, query.lower), a), torch.where(
+        high == last, torch.maximum(b, query.upper), b
+    )
+
+
 def _worst_slope(least: Tensor, slopes: Tensor | None, like: Tensor) -> Tensor:
     """The linear lower bound's coefficients (n, d) of the margin that is worst off."""
     if slopes is None:
@@ -244,8 +255,7 @@ def _enumerate(query: Query, table: Tensor, low: Tensor, high: Tensor, out: Outc
         out.doubtful += int((~good).sum())
     several = (high > low).any(1)
     if bool(several.any()):
-        axis = torch.arange(low.shape[1])
-        out.between.append((table[axis, low[several]], table[axis, high[several]]))
+        out.between.append(_ends(query, table, low[several], high[several]))
     return None
 
 
