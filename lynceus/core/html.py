@@ -22,6 +22,24 @@ SHOWN = 20  # rows in a notebook
 
 def page(report: Report) -> str:
     """The whole report as a self-contained page: no request leaves it, whatever the report holds."""
+    stamps = {k: v for k, v in report.environment.items() if k not in CODE and "\n" not in v}
+    codes = {k: v for k, v in report.environment.items() if k in CODE or "\n" in v}
+    parts = [_view(p) for p in report.parts]
+    top = _view(report)
+    text: str = _template().render(
+        name=report.name,
+        when=" · ".join(f"seed {stamps[k]}" if k == "seed" else stamps[k] for k in WHEN if k in stamps),
+        top=top,
+        parts=parts,
+        stamps=stamps,
+        codes=[{"title": CODE.get(k, k), "text": v} for k, v in codes.items()],
+        plotly=_script_safe_js(plotly_script()) if any(v["drawings"] for v in (top, *parts)) else "",
+    )
+    return text
+
+
+def _view(report: Report) -> dict[str, Any]:
+    """What the page shows of one report: itself, or a part of it."""
     drawings, pictures = [], []
     for name, data in report.figures.items():
         if name.endswith(".plotly"):
@@ -30,22 +48,15 @@ def page(report: Report) -> str:
             drawings.append({"title": title(name), "json": _script_safe(json.dumps(figure)), "height": height})
         elif name.endswith(".png"):
             pictures.append({"title": title(name), "data": base64.b64encode(data).decode()})
-    stamps = {k: v for k, v in report.environment.items() if k not in CODE and "\n" not in v}
-    codes = {k: v for k, v in report.environment.items() if k in CODE or "\n" in v}
-    text: str = _template().render(
-        name=report.name,
-        when=" · ".join(f"seed {stamps[k]}" if k == "seed" else stamps[k] for k in WHEN if k in stamps),
-        cards=[{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
-        notes=report.notes,
-        answer=report.answer,
-        drawings=drawings,
-        pictures=pictures,
-        table=table(report.rows),
-        stamps=stamps,
-        codes=[{"title": CODE.get(k, k), "text": v} for k, v in codes.items()],
-        plotly=_script_safe_js(plotly_script()) if drawings else "",
-    )
-    return text
+    return {
+        "name": report.name[:1].upper() + report.name[1:],
+        "cards": [{"label": label(k), "value": number(v)} for k, v in report.summary.items()],
+        "notes": report.notes,
+        "answer": report.answer,
+        "drawings": drawings,
+        "pictures": pictures,
+        "table": table(report.rows),
+    }
 
 
 def fragment(report: Report) -> str:

@@ -28,6 +28,7 @@ class Report:
     environment: versions, device, seed, commit; also "command" and "twin" (the same in Python), shown as code.
     notes: sentences that the reader must know (what was skipped, what does not hold).
     answer: the finding in a sentence, where there is one; it stands on top.
+    parts: further reports that belong to this one, each shown as a section with its own table, figures and notes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Report:
     environment: dict[str, str] = field(default_factory=lambda: environment())
     notes: list[str] = field(default_factory=list)
     answer: str = ""
+    parts: list[Report] = field(default_factory=list)
 
     def table(self, *, width: int | None = None) -> str:
         """Name, summary, rows and notes as text of at most `width` columns (default: the terminal's, else 120)."""
@@ -51,6 +53,9 @@ class Report:
             parts.append(text_table(self.rows, width=width))
         if self.notes:
             parts.append("\n".join(f"Note: {note}" for note in self.notes))
+        for part in self.parts:
+            text = part.table(width=width)
+            parts.append(f"{'─' * min(width or 60, 60)}\n{text}")
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
@@ -87,6 +92,7 @@ class Report:
             summary={f"{k} (change)": v["delta"] for k, v in summary.items()},
             environment=dict(self.environment),
             notes=notes,
+            parts=[p.against(q) for p in self.parts for q in other.parts if p.name == q.name],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +106,7 @@ class Report:
             "environment": self.environment,
             "arrays": {k: base64.b64encode(_npy(v)).decode() for k, v in self.arrays.items()},
             "figures": {k: base64.b64encode(v).decode() for k, v in self.figures.items()},
+            **({"parts": [p.to_dict() for p in self.parts]} if self.parts else {}),
         }
 
     def json(self) -> str:
@@ -110,16 +117,18 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `json` wrote. Raises AdviceError when the text is something else."""
         try:
-            d = json.loads(text, object_hook=_number_back)
-            d["figures"] = {k: base64.b64decode(v) for k, v in d["figures"].items()}
-            d["arrays"] = {
-                k: np.load(io.BytesIO(base64.b64decode(v)), allow_pickle=False) for k, v in d["arrays"].items()
-            }
-            return cls(**d)
+            return cls._from_dict(json.loads(text, object_hook=_number_back))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdviceError(
                 f"This is no report of lynceus ({error}); give the report.json of a run folder."
             ) from None
+
+    @classmethod
+    def _from_dict(cls, d: dict[str, Any]) -> Report:
+        d["figures"] = {k: base64.b64decode(v) for k, v in d["figures"].items()}
+        d["arrays"] = {k: np.load(io.BytesIO(base64.b64decode(v)), allow_pickle=False) for k, v in d["arrays"].items()}
+        d["parts"] = [cls._from_dict(p) for p in d.get("parts", [])]
+        return cls(**d)
 
     def save(self, folder: str | Path) -> Path:
         """Writes report.json and report.html into `folder`; returns the path of the page."""

@@ -180,3 +180,27 @@ def test_it_prints(opened):
     page, seen = opened
     assert page.pdf().startswith(b"%PDF")
     assert seen.errors == []
+
+
+def test_every_section_sorts_and_filters_its_own_table(browser, tmp_path):
+    parts = [
+        Report(name=f"part {i}", rows=[{"model": n, "value": float(i * j)} for j, n in enumerate(NAMES)])
+        for i in (1, 2)
+    ]
+    parts[1].figures["curve.plotly"] = plots.lines({"l": ([0, 1], [1.0, 2.0])})
+    path = Report(name="whole", summary={"n": 1.0}, parts=parts).save(tmp_path)
+    page = browser.new_page()
+    seen = Seen(page)
+    page.goto(path.as_uri())
+    page.fill("#filter-2", "swin")
+    assert page.text_content("#count-2") == "1 of 5 rows"
+    assert page.text_content("#count-1") == "5 rows"
+    page.click("#rows-1 th:nth-child(2) button")
+    page.click("#rows-1 th:nth-child(2) button")
+    assert page.text_content("#rows-1 tbody tr:first-child td") == "other"
+    assert page.text_content("#rows-2 tbody tr:first-child td") == NAMES[0]
+    assert page.locator("#part-2 .plot .main-svg").count() > 0
+    assert page.locator(".contents a").count() == 2
+    assert not seen.errors
+    assert len(seen.requests) == 1
+    page.close()

@@ -262,3 +262,34 @@ def test_commit_is_read_from_a_checkout(tmp_path):
     assert checkout_commit(tmp_path) == "a" * 12
     (git / "HEAD").write_text("c" * 40)
     assert checkout_commit(tmp_path) == "c" * 12
+
+
+def compound():
+    parts = [
+        Report(name=f"part {i}", answer=f"answer {i}", rows=[{"a": i, "b": "x"}], summary={"n": float(i)}, notes=["n"])
+        for i in (1, 2)
+    ]
+    parts[0].figures["curve.plotly"] = plots.lines({"l": ([0, 1], [1.0, 2.0])})
+    return Report(name="whole", summary={"all": 1.0}, rows=[{"check": "one"}], parts=parts)
+
+
+def test_a_report_of_reports_travels_prints_and_compares():
+    whole = compound()
+    again = Report.from_json(whole.json())
+    assert [p.name for p in again.parts] == ["part 1", "part 2"]
+    assert again.parts[0].figures == whole.parts[0].figures
+    assert again.json() == whole.json()
+    assert "answer 2" in whole.table(width=80)
+    whole.parts[1].summary["n"] = 5.0
+    change = whole.against(again)
+    assert [p.summary for p in change.parts] == [{"n (change)": 0.0}, {"n (change)": 3.0}]
+    assert "parts" not in Report(name="plain").to_dict()
+
+
+def test_sections_of_a_page_have_ids_of_their_own():
+    page = compound().html()
+    ids = re.findall(r'\bid="([^"]+)"', page.split("<script>")[0])
+    assert len(ids) == len(set(ids))
+    assert {"rows", "rows-1", "rows-2", "part-1", "part-2"} <= set(ids)
+    assert page.count('class="plot"') == 1
+    assert "Plotly" in page
