@@ -22,6 +22,7 @@ from lynceus.trust.oracle import NOTHING, Oracle, State
 from lynceus.trust.plays import Play, drawn_moves, first_change, scrutinise
 
 Mode = Literal["cooperative", "adversarial", "nature"]
+REACH = 4.0  # plays go on to this many times the best severity
 NOBODY = -1  # feature of a node where player I is to move
 
 
@@ -172,9 +173,11 @@ class Tree:
 
     def _room(self, state: State) -> float:
         """What may still be spent on pixels, in the units of `oracle.cost`."""
-        spent = sum(self.oracle.cost[p] for p in state)
         limit = self._limit()
-        return (limit**2 if self.oracle.norm == "l2" else limit) * (1 + 1e-12) - spent
+        return (limit**2 if self.oracle.norm == "l2" else limit) * (1 + 1e-12) - self._spent(state)
+
+    def _spent(self, state: State) -> float:
+        return sum(self.oracle.cost[p] for p in state)
 
     def _play(self, node: Node) -> Play[float]:
         oracle = self.oracle
@@ -193,6 +196,10 @@ class Tree:
             if room < self._least_cost:
                 node.solved, node.payoff = True, 0.0
                 return 0.0
+        if self.tighten and self.mode == "cooperative":
+            # a longer play may be scrutinised into a smaller example: it may reach further than the best
+            limit = min(oracle.distance, REACH * oracle.severity)
+            room = (limit**2 if oracle.norm == "l2" else limit) * (1 + 1e-12) - self._spent(node.state)
         count = self.pixels - len(node.state)
         if math.isfinite(room):
             count = min(count, int(room / self._least_cost))
