@@ -49,38 +49,39 @@ def glass_blur(x: Tensor, constants: tuple[float, int, int], draws: Draws, *, sw
         # hardly blurred, flat places stay whole grey levels: float64 decides how these are truncated, as the authors'
         x = levels(x)
     soft = gaussian(x, sigma).mul(255).add_(0 if sigma < 0.5 else SLACK).floor_().clamp_(0, 255)
-    flat = soft.reshape(b, c, h * w)
     rows, columns = h - 2 * reach, w - 2 * reach
+    source = torch.arange(h * w, device=x.device).expand(b, h * w)
     for _ in range(rounds if rows > 0 and columns > 0 else 0):
         # draws stand in the order of the walk: rows from the bottom, columns from the right, (across, down)
         offset = draws.integers(-reach, reach, rows * columns, 2).view(b, rows, columns, 2).flip(1, 2)
-        source = (_swapped if swap else _taken)(offset, reach, h, w)
-        flat = flat.gather(2, source[:, None].expand(b, c, h * w))
-    return gaussian(flat.view(b, c, h, w) / 255, sigma)
+        source = source.gather(1, (_swapped if swap else _taken)(offset, reach, h, w))
+    soft = soft.reshape(b, c, h * w).gather(2, source[:, None].expand(b, c, h * w)).view(b, c, h, w)
+    return gaussian(soft / 255, sigma)
 
 
 def _taken(offset: Tensor, reach: int, h: int, w: int) -> Tensor:
     """Which original pixel each pixel ends up with, (b, h * w), when each in its turn copies its neighbour.
 
     A neighbour whose turn was before has another's value by then. The chains of copies are followed all at once, by
-    pointers that double their length: node i is pixel i after its turn, node n + i before.
+    pointers that double their length: pixel p after its turn is p, before it is ~p.
     """
-    b, n = len(offset), h * w
-    here = torch.arange(n, device=offset.device).view(h, w)
-    pointer = (here + n).expand(b, h, w).clone()
-    inner = here[reach + 1 : h - reach + 1, reach + 1 : w - reach + 1]
-    i, j = torch.arange(h, device=offset.device)[:, None], torch.arange(w, device=offset.device)
-    down = i[reach + 1 : h - reach + 1] + offset[..., 1]
-    across = j[reach + 1 : w - reach + 1] + offset[..., 0]
-    target = down * w + across
-    moved = (down > reach) & (down <= h - reach) & (across > reach) & (across <= w - reach) & (target > inner)
-    pointer[:, reach + 1 : h - reach + 1, reach + 1 : w - reach + 1] = torch.where(moved, target, target + n)
-    pointer = pointer.view(b, n)
-    while True:
-        open_ = pointer < n
-        if not bool(open_.any()):
-            return pointer - n
-        pointer = torch.where(open_, pointer.gather(1, pointer.clamp(max=n - 1)), pointer)
+    b = len(offset)
+    here = torch.arange(b * h * w, device=offset.device).view(b, h, w)
+    pointer = ~here
+    rows, columns = slice(reach + 1, h - reach + 1), slice(reach + 1, w - reach + 1)
+    down = here[0, rows, :1] // w + offset[..., 1]
+    across = here[0, 0, columns] + offset[..., 0]
+    inner = here[:, rows, columns]
+    target = inner + offset[..., 1] * w + offset[..., 0]
+    moved = (target > inner) & (down > reach) & (down <= h - reach) & (across > reach) & (across <= w - reach)
+    pointer[:, rows, columns] = torch.where(moved, target, ~target)
+    pointer = pointer.flatten()
+    open_ = (pointer >= 0).nonzero()[:, 0]
+    while len(open_):
+        further = pointer.index_select(0, pointer.index_select(0, open_))
+        pointer[open_] = further
+        open_ = open_[further >= 0]
+    return (~pointer).view(b, h * w) - here[:, 0, :1]
 
 
 def _swapped(offset: Tensor, reach: int, h: int, w: int) -> Tensor:

@@ -7,6 +7,8 @@ on the value of HSV: with hue and saturation kept that is one factor per pixel.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,39 +102,33 @@ def _sample(x: Tensor, across: Tensor, down: Tensor, *, mirror: bool) -> Tensor:
 
 
 def pixelate(x: Tensor, share: float) -> Tensor:
-    """Box-averaged down to a share of the side, and up again; both with Pillow's rounding. Pixels 0..255."""
+    """Box-averaged down to a share of the side, and up again, by Pillow. x: (b, 3, h, w) uint8."""
+    from PIL.Image import Resampling
+
     h, w = x.shape[-2:]
-    small = (max(1, int(h * share)), max(1, int(w * share)))
-    return _box(_box(x, *small), h, w)
-
-
-def _box(x: Tensor, h: int, w: int) -> Tensor:
-    # Pillow goes along rows first, and rounds to whole grey levels after each axis
-    y = (x @ _box_matrix(x.shape[-1], w).to(x).T).add_(0.5).floor_()
-    return (_box_matrix(x.shape[-2], h).to(x) @ y).add_(0.5).floor_()
-
-
-def _box_matrix(old: int, new: int) -> Tensor:
-    """Row i: weights of the old pixels whose centres lie in new pixel i's window, as Pillow's BOX filter has them."""
-    scale = old / new
-    stretch = max(scale, 1.0)
-    centre = (np.arange(new) + 0.5) * scale
-    low = np.maximum((centre - 0.5 * stretch + 0.5).astype(int), 0)
-    high = np.minimum((centre + 0.5 * stretch + 0.5).astype(int), old)
-    i = np.arange(old)
-    inside = (i >= low[:, None]) & (i < high[:, None])
-    place = (i - centre[:, None] + 0.5) / stretch
-    weight = inside & (place > -0.5) & (place <= 0.5)
-    return torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
+    small = (max(1, int(w * share)), max(1, int(h * share)))
+    return _each(x, lambda image: image.resize(small, Resampling.BOX).resize((w, h), Resampling.BOX))
 
 
 def jpeg_compression(x: Tensor, quality: int) -> Tensor:
     """Written as JPEG and read again, by Pillow. x: (b, 3, h, w) uint8."""
     from PIL import Image
 
-    out = np.empty((len(x), *x.shape[2:], 3), dtype=np.uint8)
-    for picture, pixels in zip(out, x.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+    def through(image: Any) -> Any:
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        picture[...] = np.asarray(Image.open(file))
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous().to(x.device)
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return _each(x, through)
+
+
+def _each(x: Tensor, change: Callable[[Any], Any]) -> Tensor:
+    """Every picture of a batch as a PIL image, changed."""
+    from PIL import Image
+
+    out = np.empty(x.shape, dtype=np.uint8)
+    for planes, picture in zip(out, x.cpu().numpy()):
+        image = change(Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(p)) for p in picture]))
+        for plane, band in zip(planes, image.split()):
+            plane[...] = np.asarray(band)
+    return torch.from_numpy(out).to(x.device)

@@ -82,11 +82,10 @@ def natural_scale(height: int, width: int) -> Scale:
 def _apply(batch: Tensor, name: str, constants: object, draws: Draws, scale: Scale, swap: bool) -> Tensor:
     """(b, 3, h, w) uint8."""
     c: object = constants
-    if name == "jpeg_compression":
-        return digital.jpeg_compression(_bytes(batch), c)  # type: ignore[arg-type]
-    if name == "pixelate":
-        return digital.pixelate(_bytes(batch).float(), c).to(torch.uint8)  # type: ignore[arg-type]
-    x = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+    batch = _bytes(batch)
+    if name in ("jpeg_compression", "pixelate"):
+        return digital.pixelate(batch, c) if name == "pixelate" else digital.jpeg_compression(batch, c)  # type: ignore[arg-type]
+    x = batch.float() / 255
     if name in _PLAIN:
         out = _PLAIN[name](x, c)  # type: ignore[operator]
     elif name == "glass_blur":
