@@ -37,10 +37,11 @@ def consistency(
 
     The mean is clamped to [1e-7, 1] before the logarithm; b is averaged over.
     """
-    answers = [F.softmax(logits, -1) for logits in (clean, first, second)]
-    middle = (sum(answers[1:], answers[0]) / 3).clamp(1e-7, 1).log()
-    parts = [F.kl_div(middle, p, reduction="batchmean") for p in answers]
-    return sum(parts[1:], parts[0]) / 3
+    logs = torch.stack([F.log_softmax(logits, -1) for logits in (clean, first, second)])
+    answers = logs.exp()
+    middle = answers.mean(0).clamp(1e-7, 1).log()
+    # log p comes from the logits: the gradient of p log p at an underflown p would not be finite
+    return (answers * (logs - middle)).sum(-1).mean()
 
 
 def with_mixtures(batch: Batch, count: int, generator: torch.Generator, config: AugMixConfig) -> Batch:

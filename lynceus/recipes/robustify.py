@@ -109,7 +109,7 @@ class Robustify(Supervised):
         self.method, self.config, self.mixing = config or RobustifyConfig(), pure(views), mixing or AugMixConfig()
         m = self.method
         net: Any = getattr(big, "backbone", big)
-        size = tuple(getattr(big, "image_size", None) or getattr(net, "input_size", (64, 64)))
+        size: Any = getattr(big, "image_size", None) or getattr(net, "input_size", (64, 64))
         like = next(big.parameters())
         example = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(0)).to(like)
         self.model = AddHeads(passes=m.passes, dropout=m.dropout)(big, example)
