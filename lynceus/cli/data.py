@@ -1,4 +1,4 @@
-"""`lynceus data SOURCE`: what is there, and what is wrong with it, before any training."""
+"""`lynceus data SOURCE`: what is there, and what is wrong with it, before any training. `data corrupt` makes a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from lynceus.cli._schema import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Counts per split and class, unreadable files, duplicates, boxes and labels out of range."""
+    """Counts per split and class, unreadable files, duplicates, boxes and labels out of range.
+
+    `lynceus data corrupt SOURCE --out FOLDER` writes a corrupted copy, like CIFAR-10-C."""
 
     source: Positional[str] = "digits"  # digits, a folder of class folders, a .parquet, .csv or COCO .json file ...
     split: str | None = None  # train, val or test, where the source has them
@@ -22,6 +24,10 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "corrupt":  # a folder of that name is "./corrupt"
+        from lynceus.cli.corrupt import main as corrupt
+
+        return corrupt(argv[1:])
     options = parse(Options, argv, prog="lynceus data")
     import lynceus.data
 

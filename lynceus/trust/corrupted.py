@@ -26,7 +26,7 @@ from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
 from lynceus.core.report import Report
-from lynceus.core.rng import derive, generator
+from lynceus.core.rng import derive
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
 from lynceus.data.corrupt import (
@@ -39,6 +39,7 @@ from lynceus.data.corrupt import (
     chosen,
     corrupt,
     natural_scale,
+    picture_generators,
 )
 from lynceus.data.corrupt.filters import grey
 from lynceus.trust.guard import Material, collect
@@ -240,7 +241,7 @@ class _Run:
         """The images at `at` with one corruption: each has a seed of its own, whatever the batch."""
         x = self.images[at]
         if severity:
-            seeds = [generator(self.seed, "corrupted", name, severity, start + i) for i in range(len(x))]
+            seeds = picture_generators(self.seed, name, severity, range(start, start + len(x)))
             x = corrupt(x, name, severity, generator=seeds, scale=self.scale)
         return grey(x.float()).round().to(torch.uint8) if self.grey else x
 

@@ -6,7 +6,7 @@ arXiv 1903.12261. Written from the paper and hendrycks/robustness (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -72,6 +72,11 @@ def chosen(names: str | Sequence[str]) -> tuple[str, ...]:
     if not wanted:
         raise AdviceError("Name at least one corruption, a group of them, 'benchmark' or 'all'.")
     return tuple(n for n in CORRUPTIONS if n in wanted)
+
+
+def picture_generators(seed: int, name: str, severity: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """A generator per picture of a data set, from (seed, corruption, severity, index)."""
+    return [rng.generator(seed, "corrupted", name, severity, int(i)) for i in indices]
 
 
 def natural_scale(height: int, width: int) -> Scale:
