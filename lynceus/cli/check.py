@@ -25,6 +25,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "shift": ("lynceus.trust.shift:ShiftConsistency", "does the answer change when the camera moves by a pixel?"),
     "fooling": ("lynceus.trust.fooling:Fooling", "meaningless images that the model names with near certainty"),
     "attacks": ("lynceus.trust.attacked:Attacked", "accuracy when every image may be changed within a small ball"),
+    "blind-spots": ("lynceus.trust.level_sets:BlindSpots", "pictures of something else that the model is as sure of"),
     "attribution": ("lynceus.explain.worst_cases:Attribution", "which pixels the worst answers rest on"),
     "game": ("lynceus.trust.game:Game", "how few painted pixels change the answer, found from outputs alone?"),
     "corrupted": ("lynceus.trust.corrupted:Corrupted", "noise, blur, weather, digital damage at five severities; mCE"),
