@@ -22,11 +22,11 @@ from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
-from lynceus.trust.level_sets import BlindSpots
 from lynceus.trust.corrupted import Corrupted
 from lynceus.trust.edits import Edits
-from lynceus.trust.game import Game
 from lynceus.trust.fooling import Fooling
+from lynceus.trust.game import Game
+from lynceus.trust.level_sets import BlindSpots
 from lynceus.trust.shift import ShiftConsistency
 
 MEMBERS = {
@@ -40,7 +40,7 @@ MEMBERS = {
     "retrieval": Retrieval(),
     "data scaling": DataScaling(config=ScalingConfig(sizes=(20, 40, 80), seeds=2, draws=20)),
     "accuracy under attack": Attacked(epsilons=(4 / 255, 0.2), steps=5, limit=24),
-    "blind spots": BlindSpots(images=3, steps=6, record=3, widths=(0.5,)),
+    "blind spots": BlindSpots(images=2, steps=5, record=3),
     "common corruptions": Corrupted(corruptions=("noise", "fog", "spatter"), severities=(1, 5), limit=40),
     "attribute edits": Edits(masks="threshold", limit=6, candidates=2, quiet=True),
     "fooling": Fooling(generations=2, population=20, limit=40, untrained=True),
