@@ -289,7 +289,7 @@ class PlainMamba(Backbone):
 
 
 VARIANTS: dict[str, PlainMambaConfig] = {
-    "plain_mamba_nano": PlainMambaConfig(image_size=(32, 32), patch_size=4, dim=96, depth=8, conv=5),
+    "plain_mamba_nano": PlainMambaConfig(image_size=(32, 32), patch_size=4, dim=128, depth=4, states=8, conv=5),
     "plain_mamba_l1": PlainMambaConfig(dim=192, depth=24, stem_convs=1, dwconv=(0,), drop_path_rate=0.2),
     "plain_mamba_l2": PlainMambaConfig(dim=384, depth=24, stem_convs=2, drop_path_rate=0.2),
     "plain_mamba_l3": PlainMambaConfig(dim=448, depth=36, stem_convs=2, drop_path_rate=0.4),

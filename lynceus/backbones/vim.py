@@ -379,7 +379,14 @@ def spread(depth: int, count: int = 4, *, paired: bool = False) -> tuple[int, ..
 def _variants() -> dict[str, VimConfig]:
     table = {
         "vim_nano": VimConfig(
-            image_size=(32, 32), patch_size=4, stride=4, dim=96, depth=8, class_token="none", pool="mean"
+            image_size=(32, 32),
+            patch_size=4,
+            stride=4,
+            dim=128,
+            depth=4,
+            states=8,
+            class_token="none",
+            pool="mean",
         )
     }
     long = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
