@@ -41,12 +41,16 @@ def random_pixels(net: nn.Module, image: Tensor, *, seed: int, queries: int = QU
     oracle = Oracle(subject=grey(net), image=image)
     draw = numpy_generator(seed, "random pixels")
     movable = np.flatnonzero(oracle.movable)
+    paint = painted(image).flatten(1)
     spent, best = 1, math.inf
     with torch.no_grad():
         while spent < queries:
             order = draw.permutation(movable).tolist()[: queries - spent]
-            x = torch.stack([oracle.picture(frozenset(order[: k + 1])) for k in range(len(order))])
-            changed = (net(x).argmax(1) != oracle.original).nonzero()[:, 0]
+            rank = torch.full((image[0].numel(),), len(order))
+            rank[order] = torch.arange(len(order))
+            on = rank <= torch.arange(len(order))[:, None]  # (steps, pixels)
+            x = torch.where(on[:, None], paint, image.flatten(1))
+            changed = (net(x.view(-1, *image.shape)).argmax(1) != oracle.original).nonzero()[:, 0]
             length = int(changed[0]) + 1 if len(changed) else len(order)
             spent += length  # what a search one by one would have sent
             if len(changed):
@@ -271,7 +275,7 @@ def _peer(name: str, pixels: list[Any], l2: list[float], queries: list[Any], cou
 PARTS = {"digits": digits, "cifar": cifar_first, "batching": batching, "peers": peers}
 
 
-def main() -> None:
+def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -280,7 +284,11 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--exhaustive", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    o = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    o = options()
     figures: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

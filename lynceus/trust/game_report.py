@@ -66,7 +66,8 @@ def findings(report: Report, oracle: Oracle, tree: Tree | None, mode: str) -> No
     report.arrays["curve"] = np.array(oracle.curve, dtype=np.float64).reshape(-1, 2)
     if tree is not None:
         report.summary |= {"plays": float(tree.plays), "won plays": float(tree.wins)}
-        report.summary["value"] = tree.reward(oracle.severity) if mode == "cooperative" and found else tree.start.value
+        cut_off = tree.tighten and mode == "cooperative"  # then the tree knows nothing of what cannot beat the best
+        report.summary["value"] = tree.reward(oracle.severity) if cut_off and found else tree.start.value
         report.summary["solved"] = float(tree.finished)
         if tree.finished and mode == "cooperative" and oracle.confidence == 0:
             what = "No smaller example exists" if found else "No example exists"
