@@ -1,5 +1,6 @@
 """Pictures with a PNG mask of the same stem in a second folder (palette or grey ids, 255 ignored), with or without
-folders per split; and the anomaly layout train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png.
+folders per split; without a classes.txt, folders per class are the pictures' labels. And the anomaly layout:
+train/good, test/<defect>, ground_truth/<defect>/<stem>_mask.png.
 
 Anomaly layout: Bergmann et al., "MVTec AD", CVPR 2019.
 """
@@ -128,23 +129,37 @@ def read(path: Path, options: Options) -> Dataset:
     classes = _classes(path)
     first = [e.name.split("/")[0].lower() for e in entries]
     splits = first if all("/" in e.name for e in entries) and set(first) <= set(SPLITS) else None
+    kinds = _folders([e.name for e in entries], skip=0 if splits is None else 1)
     source = Files(pictures, [e.name for e in entries], sizes=[e.size for e in entries])
     source.targets = Segments(source, [f"{masks}/{n}" for n in names], classes=len(classes) if classes else None)
     extra = sorted(set(found.values()) - {n for n in names if n})
     notes = [f"{len(extra)} masks in {masks} have no picture, e.g. {extra[0]}"] if extra else []
-    if classes is None:
+    labels = None
+    if classes is None and kinds is not None:
+        classes = sorted(set(kinds))
+        labels = [classes.index(k) for k in kinds]
+    elif classes is None:
         notes.append(f"no class names: write them into {path / 'classes.txt'}, one per line, line 1 for value 0")
     out = Dataset(
         source,
         name=path.name,
         origin=str(path),
         classes=classes,
+        labels=labels,
         splits=splits,
         max_bad=options.max_bad,
         layout="masks",
         notes=notes,
     )
     return drop_empty(out, entries)
+
+
+def _folders(names: list[str], *, skip: int) -> list[str] | None:
+    """The folder of each picture, where all of them lie in two or more: they are the pictures' classes."""
+    parts = [n.split("/")[skip:-1] for n in names]
+    if not all(len(p) == 1 for p in parts) or len({p[0] for p in parts}) < 2:
+        return None
+    return [p[0] for p in parts]
 
 
 def _classes(path: Path) -> list[str] | None:

@@ -70,10 +70,12 @@ def generated(
     make: Callable[[np.random.Generator, int], Sample],
     *,
     classes: Sequence[str] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
 ) -> Dataset:
-    """The dataset of `count` samples that `make` gives."""
+    """The dataset of `count` samples that `make` gives. labels: theirs, where known beforehand."""
     source = Generated(name, count, seed, make)
-    return Dataset(source, name=name, origin=f"generated: {name}, seed {seed}", classes=classes, layout="synth")
+    origin = f"generated: {name}, seed {seed}"
+    return Dataset(source, name=name, origin=origin, classes=classes, labels=labels, layout="synth")
 
 
 @functools.lru_cache(maxsize=8)

@@ -42,7 +42,7 @@ def objects(
     agree: float | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Pictures of size x size with one coloured glyph each; its class is the label.
+    """Pictures of size x size with one coloured glyph each; its class is the label, and all are equally many.
 
     rates: least and most share of the pixels. turn: at most this many degrees either way. centred: False puts it
     anywhere inside. grounds: which of GROUNDS to draw from. agree: this share of the pictures stands on the ground
@@ -59,7 +59,7 @@ def objects(
     make = functools.partial(
         _object, size=size, rates=rates, turn=turn, centred=centred, grounds=tuple(grounds), agree=agree
     )
-    return generated("objects", count, seed, make, classes=list(GLYPHS))
+    return generated("objects", count, seed, make, classes=list(GLYPHS), labels=np.arange(count) % len(GLYPHS))
 
 
 def _object(
@@ -73,7 +73,7 @@ def _object(
     grounds: tuple[str, ...],
     agree: float | None,
 ) -> Sample:
-    label = int(rng.integers(len(GLYPHS)))
+    label = index % len(GLYPHS)
     family = grounds[label] if agree is not None and rng.random() < agree else str(rng.choice(grounds))
     ground = texture(rng, family, (size, size))
     rate, angle = float(rng.uniform(*rates)), float(rng.uniform(-turn, turn))

@@ -16,7 +16,7 @@ from lynceus.trust.edits.remove import grown, window_of
 
 Blend = Literal["feather", "poisson", "paste"]
 BLENDS = ("feather", "poisson", "paste")
-FEATHER = 2  # pixels inside the mask over which the object fades into the ground
+FEATHER = 2  # pixels inside the mask over which the object fades into the ground, in pictures of 256 px
 
 
 def compose(
@@ -28,7 +28,7 @@ def compose(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
     """The ground with the layer's pixels inside the mask; ground outside the mask stays bit-equal.
 
-    "feather" fades over 2 px inside the mask, "paste" cuts hard, "poisson" carries the layer's gradients over (its
+    "feather" fades over 2 px inside the mask (fewer in pictures smaller than 256 px), "paste" cuts hard, "poisson" carries the layer's gradients over (its
     colours change) and falls back to feathering where the mask touches the border. Returns what was done, too.
     """
     if blend not in BLENDS:
@@ -43,7 +43,8 @@ def compose(
         return out, "paste"
     place = window_of(mask, 1)
     inner = mask[place]
-    alpha = feathered(inner)[..., None]
+    width = min(FEATHER, max(1, round(FEATHER * min(mask.shape) / 256))) if min(mask.shape) >= 32 else 0
+    alpha = feathered(inner, width)[..., None]
     mixed = layer[place] * alpha + ground[place] * (1 - alpha)
     out[place][inner] = mixed[inner].round().astype(np.uint8)
     return out, "feather"

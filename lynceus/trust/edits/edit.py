@@ -37,7 +37,7 @@ from lynceus.trust.edits.geometry import (
     shifted,
     turned,
 )
-from lynceus.trust.edits.remove import Ground, Method, grown, margin, remove
+from lynceus.trust.edits.remove import METHODS, Ground, Method, grown, margin, remove
 
 Halo = Literal["auto", "keep", "remove"]
 SOFT = 0.2  # share of the object in the ring outside its mask from which the ring counts as part of it
@@ -76,6 +76,8 @@ class Scene:
         name = name or sample.id or sample.path or "the sample"
         if halo not in ("auto", "keep", "remove"):
             raise unknown("halo", str(halo), ("auto", "keep", "remove"))
+        if method not in METHODS:
+            raise unknown("way to fill a hole", str(method), METHODS)
         image = pixels(sample.image, name)
         at, mask = main_mask(sample, name, which=which)
         return cls(sample=sample, image=image, mask=mask, which=at, method=method, halo=halo, seed=seed)
@@ -152,12 +154,15 @@ def main_mask(sample: Sample, name: str = "", *, which: int | None = None) -> tu
 
 
 def object_masks(sample: Sample) -> Bool[Tensor, "k h w"] | None:
-    """The sample's masks, or one per class of its class map; None without either."""
+    """The sample's masks, or one per class of its class map; None without either.
+
+    255 is no class of a map, except where nothing but 0 and 255 is: that is a black and white mask."""
     if sample.masks is not None:
         return sample.masks.bool()
     if sample.segments is None:
         return None
-    values = [int(v) for v in sample.segments.unique() if int(v) not in (0, 255)]
+    every = [int(v) for v in sample.segments.unique()]
+    values = [v for v in every if v not in (0, 255)] or [v for v in every if v == 255]
     if not values:
         return torch.zeros((1, *sample.segments.shape), dtype=torch.bool)
     return torch.stack([sample.segments == v for v in values])
@@ -311,21 +316,20 @@ def _moved_to(scene: Scene, piece: Cutout, position: tuple[int, int] | str, rng:
 def _background(
     scene: Scene, background: Background | None, donors: Sequence[Sample | Scene], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    ground = scene.ground
-    if background is None:
-        return ground.image
     if isinstance(background, Tensor):
         return fitted(pixels(background, "the background"), scene.size)
     if isinstance(background, Sample):
         return fitted(Scene.of(background, method=scene.method, halo=scene.halo).ground.image, scene.size)
+    if background is None:
+        return scene.ground.image
     if background == "plain":
-        known = ~ground.hole if not ground.hole.all() else ground.hole
-        return np.broadcast_to(ground.image[known].mean(0).round().astype(np.uint8), ground.image.shape).copy()
+        colour = scene.image[~scene.mask].mean(0).round().astype(np.uint8)
+        return np.broadcast_to(colour, scene.image.shape).copy()
     if background == "blurred":
         from scipy.ndimage import gaussian_filter
 
         sigma = 0.05 * min(scene.size)
-        return gaussian_filter(ground.image, (sigma, sigma, 0), mode="nearest", truncate=3.0)
+        return gaussian_filter(scene.ground.image, (sigma, sigma, 0), mode="nearest", truncate=3.0)
     if background == "random":
         if not donors:
             raise AdviceError('background="random" takes the ground of another sample: give donors=[sample, ...].')
