@@ -113,12 +113,13 @@ def test_quick_gelu_in_the_kernel_is_the_formula():
 
 @pytest.mark.slow
 def test_exports_with_its_token():
-    """The nano of the sheet has none."""
+    """The nano of the sheet has none. Below 35 pixels the last map is one pixel wide, a shape that torch.export keeps
+    apart from all others when it follows the memory formats behind the token."""
     model = lively(CvT(replace(MICRO, depths=(1, 1, 1)))).eval()
-    free = {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=32), 3: torch.export.Dim("w", min=32)}
+    free = {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=35), 3: torch.export.Dim("w", min=35)}
     with torch.no_grad():
         run = torch.export.export(model, (torch.randn(2, 3, 66, 92),), dynamic_shapes=(free,), strict=False).module()
-        for shape in ((1, 3, 64, 64), (3, 3, 101, 37)):
+        for shape in ((1, 3, 64, 64), (3, 3, 101, 37), (2, 3, 35, 35)):
             x = torch.randn(shape)
             assert relative(run(x), model(x)) < 1e-5
 
