@@ -115,17 +115,13 @@ class Robustify(Supervised):
         self.model = AddHeads(passes=m.passes, dropout=m.dropout)(big, example)
         self.task = self.model.task
         self.loss = self.task.loss
-        self.teacher = _checked(teacher, self.task, example)
+        # in a list: neither trained, nor saved, nor averaged with what is learnt
+        self._teacher = [_checked(teacher, self.task, example)]
         self.blocks = self._freeze()
 
-    # the teacher is a plain attribute in a list: neither trained, nor saved, nor averaged
     @property
     def teacher(self) -> Any:
         return self._teacher[0]
-
-    @teacher.setter
-    def teacher(self, module: nn.Module) -> None:
-        self._teacher = [module]
 
     def _freeze(self) -> list[str]:
         """Freezes all but the heads, the last blocks and perhaps the norms; gives the names of the blocks' weights."""
@@ -165,7 +161,7 @@ class Robustify(Supervised):
     def lesson(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, " b"]]:
         """The teacher's logits and how much each picture weighs. Dropout is on the vector that its classifier reads,
         so that all passes share one run of the net."""
-        teacher, m = self.teacher, self.method
+        teacher, m = self.teacher.to(image.device), self.method
         net = teacher.backbone
         vector = net.forward_head(net.forward_features(teacher.prepared(image)), pre_logits=True)
         head = net.get_classifier() if hasattr(net, "get_classifier") else net.head

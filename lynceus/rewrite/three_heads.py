@@ -127,13 +127,13 @@ class AddHeads:
                 f"{name} does not part its features from its classifier (forward_features, forward_head, "
                 "get_classifier), so it cannot get more heads; take one of lynceus.create_model."
             )
+        head = inner.get_classifier()
+        if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
+            raise AdviceError(f"{name} has no single classifier with weights to copy; it gives {type(head).__name__}.")
         if task is None:
             task = Classify(num_classes=int(inner.num_classes))
         if not isinstance(task, Classify) or task.multi_label:
             raise AdviceError("Three heads are for classifiers of one label per picture.")
-        head = inner.get_classifier()
-        if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
-            raise AdviceError(f"{name} has no single classifier with weights to copy; it gives {type(head).__name__}.")
         made = ThreeHeads(inner, task, self).eval()
         if example is not None:
             with torch.no_grad():

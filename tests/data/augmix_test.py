@@ -1,4 +1,4 @@
-"""AugMix' changes mean what Pillow's mean, its mixture stays between pictures, and its randomness is its generator's."""
+"""AugMix' changes mean what Pillow's mean, its mixture stays between pictures, its randomness is its generator's."""
 
 import numpy as np
 import pytest
