@@ -113,7 +113,7 @@ def read_corrupted(folder: str | os.PathLike[str], corruption: str, severity: in
     at = slice(n * severities.index(severity), n * (severities.index(severity) + 1))
     chosen_labels = known[at].astype(np.int64)
     classes = manifest.get("classes") or [str(i) for i in range(int(chosen_labels.max(initial=0)) + 1)]
-    pixels = torch.from_numpy(np.ascontiguousarray(images[at])).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(np.array(images[at])).permute(0, 3, 1, 2).contiguous()
     return Dataset(
         Pixels(pixels), name=f"{corruption} {severity}", origin=str(file), classes=classes, labels=chosen_labels
     )
