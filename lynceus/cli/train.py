@@ -1,4 +1,4 @@
-"""`lynceus train classify DATA`: a model for your images."""
+"""`lynceus train classify DATA`: a model for your images. `lynceus train robustify` is in `cli/robustify.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FIT = "lynceus.train.fit:FitConfig"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Trains a backbone on labelled images; writes checkpoints, log, report and the model into one run folder."""
+    """Trains a backbone on labelled images; writes checkpoints, log, report and the model into one run folder.
+
+    `lynceus train robustify` makes a trained model robust."""
 
     task: Positional[Literal["classify", "classification"]]  # what to learn
     data: Positional[str]  # a folder with one folder per class, a .csv, .parquet or COCO .json file, or digits
@@ -36,6 +38,10 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "robustify":
+        from lynceus.cli import robustify
+
+        return robustify.main(argv[1:])
     options = parse(with_options(Options, fit=FIT), argv, prog="lynceus train")
     loss = None if options.loss is None else load_function(options.loss, "--loss")
     name = options.model.replace(":", "-").replace("/", "-")
