@@ -234,13 +234,13 @@ def peers(o: argparse.Namespace) -> list[dict[str, Any]]:
     makers = {
         "SaltAndPepper": lambda: fb.attacks.SaltAndPepperNoiseAttack(steps=100),
         "Boundary": lambda: fb.attacks.BoundaryAttack(steps=QUERIES),
-        "HopSkipJump": lambda: fb.attacks.HopSkipJump(steps=16, max_gradient_eval_steps=200),
+        "HopSkipJump": lambda: fb.attacks.HopSkipJumpAttack(steps=16, max_gradient_eval_steps=200),
         "Pointwise": lambda: fb.attacks.PointwiseAttack(),
     }
     for name, make in makers.items():
-        if name == "HopSkipJump":
-            make = lambda: fb.attacks.HopSkipJumpAttack(steps=16, max_gradient_eval_steps=200)  # noqa: E731
-        pixels, queries, l2 = [], [], []
+        pixels: list[float] = []
+        queries: list[float] = []
+        l2: list[float] = []
         torch.manual_seed(0)
         for image, k in zip(images, label, strict=True):
             counted = Counted().eval()

@@ -156,6 +156,8 @@ def gathered(
         )
     elif pieces:
         report.answer = f"No picture of {len(pieces)} changed class; that proves nothing by itself."
+    elif all(wrong):
+        report.answer = "The model answers every picture wrongly as it is; nothing was left to search."
     report.notes.append(
         "Besides the searches' queries, every picture was asked once for its class and a few for a probe of the model."
     )
