@@ -126,27 +126,39 @@ def corrupted(course: Course) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Class numbers, 500 pictures at a time."""
-    return torch.cat([model(part.float().div(255)).argmax(-1) for part in images.split(500)])
+def answers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Class numbers, 500 pictures at a time; of a net with three heads also each head's."""
+    parts: dict[str, list[Tensor]] = {}
+    for part in images.split(500):
+        x = part.float().div(255)
+        if isinstance(model, ThreeHeads):
+            vector = model.vector(x)
+            made = model.heads(vector)
+            used = model.choice(vector, made).bool()[:, None]
+            logits = {"": torch.where(used, made["robust"], made["clean"]), **{f"{k} head": made[k] for k in HEADS}}
+        else:
+            logits = {"": model(x)}
+        for name, value in logits.items():
+            parts.setdefault(name, []).append(value.argmax(-1))
+    return {name: torch.cat(value) for name, value in parts.items()}
 
 
-def judged(model: Callable[[Tensor], Tensor], course: Course) -> dict[str, float]:
-    """Clean accuracy and mean corruption error, in percent."""
+def judged(model: nn.Module, course: Course) -> dict[str, dict[str, float]]:
+    """Clean accuracy and mean corruption error, in percent, of the net's answers ("") and of each of its heads."""
     assert course.test.images is not None
     assert course.test.labels is not None
     truth = torch.from_numpy(course.test.labels)
-    clean = float((answers(model, course.test.images) == truth).float().mean())
-    some, errors = truth[: course.count], {}
-    for name, images in corrupted(course).items():
-        wrong = answers(model, images.flatten(0, 1)) != some.repeat(len(images))
-        errors[name] = 100 * float(wrong.float().mean())
-    mean = sum(errors.values()) / len(errors)
-    return {
-        "clean accuracy": 100 * clean,
-        "mean corruption error": mean,
-        **{f"error {k}": v for k, v in errors.items()},
+    found: dict[str, dict[str, float]] = {
+        name: {"clean accuracy": 100 * float((told == truth).float().mean()), "mean corruption error": 0.0}
+        for name, told in answers(model, course.test.images).items()
     }
+    some, files = truth[: course.count], corrupted(course)
+    for corruption, images in files.items():
+        for name, told in answers(model, images.flatten(0, 1)).items():
+            error = 100 * float((told != some.repeat(len(images))).float().mean())
+            found[name][f"error {corruption}"] = error
+            found[name]["mean corruption error"] += error / len(files)
+    return found
 
 
 def probed(model: nn.Module) -> float:
@@ -209,7 +221,7 @@ def small(course: Course) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, recipe in arms.items():
         model, seconds = kept(name, small_net, recipe, FIT, course)
-        found[name] = {**judged(model, course), "seconds": seconds}
+        found[name] = {**judged(model, course)[""], "seconds": seconds}
         told(name, found[name])
     gain = found["plain"]["mean corruption error"] - found["augmix"]["mean corruption error"]
     loss = found["plain"]["clean accuracy"] - found["augmix"]["clean accuracy"]
@@ -227,22 +239,12 @@ def robust(course: Course) -> dict[str, Any]:
 
     full, full_seconds = kept("full", again, lambda net: AugMix(course.task, net, views=VIEWS), FULL, course)
     made, share, seconds = robustified(big, teacher, course)
-    found: dict[str, Any] = {
-        "teacher": judged(teacher, course),
-        "big": judged(big, course),
-        "full": judged(full, course),
-    }
-    found["robustify"] = judged(made, course)
-    models: dict[str, nn.Module] = {"big": big, "full": full, "robustify": made}
+    models: dict[str, nn.Module] = {"teacher": teacher, "big": big, "full": full, "robustify": made}
+    found: dict[str, Any] = {}
     for name, model in models.items():
+        for part, row in judged(model, course).items():
+            found[f"{name} {part}".strip()] = row
         found[name]["probe on digits"] = probed(model)
-    for name in HEADS:
-
-        def alone(x: Tensor, name: str = name) -> Tensor:
-            assert isinstance(made, ThreeHeads)
-            return made.heads(made.vector(x))[name]
-
-        found[f"{name} head alone"] = judged(alone, course)
     for name, row in found.items():
         told(name, row)
     start, best, ours = (100 - found[k]["mean corruption error"] for k in ("big", "full", "robustify"))
