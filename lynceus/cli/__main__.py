@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("lynceus.cli.predict", "what a trained model says of a picture, a folder, a file"),
     "gauntlet": ("lynceus.cli.gauntlet", "which backbone for these images: several through the same course, ranked"),
     "check": ("lynceus.cli.check", "one check of a model: accuracy, probes, shift consistency, scaling, cost"),
+    "trust": ("lynceus.cli.trust", "what breaks a model and what provably cannot: one report of all that fits it"),
     "rewrite": ("lynceus.cli.rewrite", "change a model: crop selection"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),

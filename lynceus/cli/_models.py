@@ -1,14 +1,20 @@
-"""One way to name a model on the command line: a name of ours, timm:NAME, a run folder, or an exported model file."""
+"""One way to name a model on the command line: a name of ours, timm:NAME, a run folder, an exported model file; for
+checks also the address of a service, or python:MODULE:NAME for a function of pixels."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lynceus.core.errors import MissingError
+from lynceus.core.errors import AdviceError, MissingError, unknown
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lynceus.core.subject import Subject
 
 MODEL_HELP = "a name of `lynceus models`, timm:NAME, or the run folder of a trained model"
 
@@ -33,6 +39,51 @@ def open_model(text: str, *, weights: Path | None = None, num_classes: int | Non
     return create_model(text, weights=weights, **({} if num_classes is None else {"num_classes": num_classes}))
 
 
+def open_subject(
+    text: str,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    size: int | None = None,
+) -> Subject:
+    """What `text` names as a check sees it: a model as in `open_model`, http://HOST/PATH, or python:MODULE:NAME."""
+    from lynceus.core.subject import Subject
+
+    if text.startswith(("http://", "https://")):
+        from lynceus.core.remote import served
+
+        subject = served(text, classes=classes)
+        return Subject(subject, size=size, name=text, needs_grad=False) if size else subject
+    if text.startswith("python:"):
+        return Subject(_function(text), size=size, name=text.removeprefix("python:"))
+    return Subject(open_model(text, weights=weights, num_classes=num_classes), size=size)
+
+
+def _function(text: str) -> Any:
+    """The function or module (not a class) that python:MODULE:NAME names; MODULE is also looked for in this folder."""
+    _, _, place = text.partition(":")
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise AdviceError(f"{text!r} names no function; write python:MODULE:NAME, such as python:mine:predict.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f"There is no Python module {error.name!r} (asked for by {text!r}); it is looked for in {Path.cwd()} and "
+            "among the installed packages."
+        ) from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not hasattr(found, name):
+        raise unknown(f"name in {module}", name, [n for n in vars(found) if not n.startswith("_")])
+    value = getattr(found, name)
+    if isinstance(value, type) or not callable(value):
+        raise AdviceError(f"{text!r} is no function of images (b, 3, h, w) but {value!r}.")
+    return value
+
+
 def size_of(model: nn.Module, wanted: int | tuple[int, int] | None = None) -> tuple[int, int]:
     """Height and width of an example for `model`: what is wanted, else what the model was made for."""
     inner = getattr(model, "backbone", model)
@@ -43,6 +94,11 @@ def size_of(model: nn.Module, wanted: int | tuple[int, int] | None = None) -> tu
 
 def twin_of(text: str, *, weights: Path | None = None, num_classes: int | None = None) -> tuple[str, str]:
     """(import line, expression) that make the same model in Python."""
+    if text.startswith(("http://", "https://")):
+        return "from lynceus.core.remote import served", f"served({text!r})"
+    if text.startswith("python:"):
+        _, module, name = text.split(":", 2)
+        return f"from {module} import {name}", name
     if not text.startswith("timm:") and looks_like_path(text):
         return "from lynceus.train.checkpoint import load_model", f"load_model({text!r})"
     more = "".join(

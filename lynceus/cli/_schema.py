@@ -91,7 +91,7 @@ def _from_source(target: str) -> type:
         raise LookupError(target)
     for other, path in imported.items():
         if _mentions(node, other):
-            names[other] = _from_source(path)
+            names[other] = _imported(path)
     helps, doc = _helps(node, lines)
     bases = tuple(eval(compile(ast.Expression(b), module, "eval"), names) for b in node.bases if not _is_protocol(b))
     fields: list[tuple[str, Any, Any]] = []
@@ -120,6 +120,24 @@ def _from_source(target: str) -> type:
     made.__doc__ = doc
     made.__lynceus__ = target  # type: ignore[attr-defined]
     return made
+
+
+def _imported(target: str) -> Any:
+    """A dataclass, or a constant such as a Literal, of another module of the library, from its source."""
+    module, _, name = target.partition(":")
+    for item in _tree(module)[0].body:
+        targets = (
+            item.targets if isinstance(item, ast.Assign) else [item.target] if isinstance(item, ast.AnnAssign) else []
+        )
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+            assert isinstance(item, (ast.Assign, ast.AnnAssign))
+            if item.value is not None:
+                return eval(compile(ast.Expression(item.value), module, "eval"), dict(_NAMES))
+        if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("lynceus."):
+            for alias in item.names:
+                if (alias.asname or alias.name) == name:
+                    return _imported(f"{item.module}:{alias.name}")
+    return _from_source(target)
 
 
 def _always(value: Any) -> Callable[[], Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_model, twin_of
+from lynceus.cli._models import open_subject, twin_of
 from lynceus.cli._run import show
 from lynceus.cli._schema import merged, one_of, parse, with_options
 
@@ -30,6 +30,10 @@ CHECKS: dict[str, tuple[str, str]] = {
     "game": ("lynceus.trust.game:Game", "how few painted pixels change the answer, found from outputs alone?"),
     "corrupted": ("lynceus.trust.corrupted:Corrupted", "noise, blur, weather, digital damage at five severities; mCE"),
     "scaling": ("lynceus.gauntlet.scaling:DataScaling", "how accuracy grows with data, and what more data would bring"),
+    "all": (
+        "lynceus.gauntlet.trust_report:TrustReport",
+        "every check of trust that fits, in one report under one budget",
+    ),
     "cost": ("lynceus.core.cost:CostCheck", "parameters, multiply-adds, memory, latency"),
 }
 
@@ -38,7 +42,7 @@ CHECKS: dict[str, tuple[str, str]] = {
 class Options:
     """One check of one model on one data set."""
 
-    model: Positional[str]  # a name of `lynceus models`, timm:NAME, or the run folder of a trained model
+    model: Positional[str]  # a name of `lynceus models`, timm:NAME, a run folder, http://HOST/PATH, python:MODULE:NAME
     data: Positional[str] = "digits"  # digits, a folder, a .parquet, .csv or .json file
     split: str | None = None  # train, val or test, where the source has them
     limit: int | None = None  # look at this many images, spread evenly
@@ -50,20 +54,24 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     name, rest = one_of("check", CHECKS, argv, usage="lynceus check NAME MODEL DATA [options]")
-    if name is None:
-        return 0
+    return 0 if name is None else run(name, rest, prog=f"lynceus check {name}")
+
+
+def run(name: str, argv: Sequence[str], *, prog: str) -> int:
+    """One check by its name, with the options that follow it."""
     target = CHECKS[name][0]
-    options = parse(
-        with_options(Options, check=target), rest, prog=f"lynceus check {name}", description=CHECKS[name][1]
-    )
+    options = parse(with_options(Options, check=target), argv, prog=prog, description=CHECKS[name][1])
     import lynceus.data
-    from lynceus.core.subject import Subject
 
     dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
     check = merged(options, "check")
     classes = len(dataset.classes) if dataset.classes else None
-    model = open_model(options.model, weights=options.weights, num_classes=classes)
-    report = check(Subject(model, size=options.resize), dataset, seed=options.seed)
+    if options.out is not None and getattr(check, "keep", options.out) is None:
+        check = replace(check, keep=options.out)  # finished pieces: a second run of the same command goes on
+    subject = open_subject(
+        options.model, weights=options.weights, num_classes=classes, classes=dataset.classes, size=options.resize
+    )
+    report = check(subject, dataset, seed=options.seed)
     line, expression = twin_of(options.model, weights=options.weights, num_classes=classes)
     module, kind = target.split(":")
     more = "".join(f", {k}={v!r}" for k, v in (("split", options.split), ("limit", options.limit)) if v is not None)

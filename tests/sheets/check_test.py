@@ -20,6 +20,7 @@ from lynceus.explain.worst_cases import Attribution
 from lynceus.gauntlet.probes import KNN, FewShot, LinearProbe, LinearSVM, Logistic
 from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
+from lynceus.gauntlet.trust_report import TrustReport
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
 from lynceus.trust.corrupted import Corrupted
@@ -50,6 +51,7 @@ MEMBERS = {
     "attribution": Attribution(count=2, steps=5, limit=40),
     "game": Game(queries=150, limit=3),
     "game, one player": Game(queries=100, limit=2, mode="single"),
+    "trust report": TrustReport(only=("accuracy", "shift", "edits"), limit=30, seconds=None),
     "evaluate": Evaluate(quiet=True),
     "cost": CostCheck(repeats=0),  # times differ from call to call
 }
