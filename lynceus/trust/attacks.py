@@ -327,7 +327,7 @@ class _Run:
 
     def look(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, loss per image (higher is more adversarial) and its gradient, in one forward and one backward."""
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach().requires_grad_(True)
             logits = self.logits(x)
             value = self.losses(logits, active)

@@ -16,7 +16,8 @@ from torch import Tensor
 from lynceus.core.rng import generator
 from lynceus.trust.attacks import Model, pgd
 
-TINY = 1e-5  # a change of every pixel that any continuous network answers to, in float32
+TINY = 2e-6  # a change of every pixel that any continuous network answers to, in float32
+ASIDE = 0.01  # images often lie on thresholds, such as 1 / 2; a point beside them does not
 WIDE = 0.5  # radius of an L-inf ball that holds grey for every image: no honest model survives in it
 
 
@@ -46,11 +47,15 @@ def masking(
     images, labels = images.float(), labels.to(images.device)
     with torch.no_grad():
         first, again = subject(images), subject(images)
-        noise = (torch.rand(images.shape, generator=generator(seed, "masking")) * 2 - 1) * TINY
-        moved = subject((images + noise.to(images)).clamp(0, 1))
+        draw = generator(seed, "masking")
+        still = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        for aside in (0.0, ASIDE):
+            base = (images + _noise(images, aside, draw)).clamp(0, 1)
+            moved = (base + _noise(images, TINY, draw)).clamp(0, 1)
+            still |= (subject(base) == subject(moved)).all(1)
     scale = first.abs().amax().clamp(min=1.0)
     random = (first - again).abs().amax(1) > 1e-4 * scale
-    still = (moved == first).all(1) & ~random
+    still &= ~random
     with torch.enable_grad():
         x = images.detach().requires_grad_(True)
         logits = subject(x)
@@ -80,7 +85,7 @@ def masking(
         _sign(
             "quantisation",
             still,
-            0.5,
+            0.25,
             "the answer does not change with a tiny change of the pixels: input or features are rounded inside",
         ),
     ]
@@ -98,6 +103,10 @@ def masking(
             )
         )
     return signs
+
+
+def _noise(images: Tensor, size: float, draw: torch.Generator) -> Tensor:
+    return ((torch.rand(images.shape, generator=draw) * 2 - 1) * size).to(images)
 
 
 def _sign(name: str, which: Tensor, allowed: float, meaning: str) -> Sign:
