@@ -56,10 +56,10 @@ def gaussian(x: Tensor, sigma: float, *, border: Border = "nearest", truncate: f
     if radius >= min(h, w) // 2 and radius > 2:  # the borders are folded into one matrix per axis
         rows, columns = _matrix(h, taps, border).to(x), _matrix(w, taps, border).to(x)
         return rows @ (x @ columns.T)
-    if radius <= 12:
+    if radius <= 4:
         y = pad(x, (radius,) * 4, border)
         return _along(_along(y, taps, -2, h), taps, -1, w)
-    side = min(96, 2 * radius)
+    side = max(16, min(96, 2 * radius))
     return _tiled(x, taps, side, border)
 
 

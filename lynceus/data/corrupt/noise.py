@@ -22,7 +22,7 @@ def shot_noise(x: Tensor, photons: float, draws: Draws) -> Tensor:
 def impulse_noise(x: Tensor, amount: float, draws: Draws) -> Tensor:
     """Salt and pepper in equal parts, per value (not per pixel)."""
     u = draws.uniform(*x.shape[1:])
-    return x.masked_fill(u < amount / 2, 0.0).masked_fill_((u >= amount / 2) & (u < amount), 1.0)
+    return torch.where(u < amount, (u < amount / 2).to(x.dtype), x)
 
 
 def speckle_noise(x: Tensor, deviation: float, draws: Draws) -> Tensor:

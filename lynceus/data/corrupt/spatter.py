@@ -68,7 +68,7 @@ def canny(image: Tensor, low: float, high: float) -> Tensor:
     def at(i: int, j: int) -> Tensor:
         return m[:, :, 1 + i : 1 + i + h, 1 + j : 1 + j + w]
 
-    x_, y_ = dx.abs().long(), dy.abs().long() << 15
+    x_, y_ = dx.abs().int(), dy.abs().int() << 15
     flat = x_ * 13573  # tan 22.5 degrees in 1/32768
     steep = flat + (x_ << 16)
     falling = (dx < 0) ^ (dy < 0)
