@@ -71,9 +71,7 @@ def param_groups(model: Any, *, layer_decay: float | None = None) -> list[dict[s
         raise AdviceError(
             f"layer_decay needs {type(model).__name__}.group_matcher, which says the depth of each parameter."
         )
-    from timm.models import group_parameters
-
-    depth = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    depth = depths(model)
     top = max(depth.values())
     parts: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in named:
@@ -83,6 +81,14 @@ def param_groups(model: Any, *, layer_decay: float | None = None) -> list[dict[s
         group: dict[str, Any] = {"params": params, "lr_scale": layer_decay ** (top - at)}
         out.append({**group, "weight_decay": 0.0} if bare else group)
     return out
+
+
+def depths(model: Any) -> dict[str, int]:
+    """Depth group of every parameter, 0 at the stem, by the model's `group_matcher`."""
+    from timm.models import group_parameters
+
+    found: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return found
 
 
 def make_optimizer(

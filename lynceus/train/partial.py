@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lynceus.core.errors import AdviceError
+from lynceus.train.optim import depths
 
 
 def last_blocks(backbone: Any, tune: float, *, most: float = 1.0) -> list[str]:
@@ -52,15 +53,13 @@ def _layers(backbone: Any, names: list[str], sizes: dict[str, int], left: float)
 
 def depth_groups(backbone: Any) -> list[list[str]]:
     """Names of the parameters from the stem to the last block, without the classifier."""
-    from timm.models import group_parameters
-
     if not (hasattr(backbone, "group_matcher") and hasattr(backbone, "get_classifier")):
         raise AdviceError(
             f"{type(backbone).__name__} does not say where its blocks are (group_matcher, get_classifier), so its last "
             "ones cannot be tuned alone; take one of lynceus.create_model."
         )
     head = {id(p) for p in backbone.get_classifier().parameters()}
-    depth = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    depth = depths(backbone)
     groups: dict[int, list[str]] = {}
     for name, p in backbone.named_parameters():
         if id(p) not in head:
