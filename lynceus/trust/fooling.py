@@ -4,7 +4,7 @@ Deep Neural Networks are Easily Fooled: High Confidence Predictions for Unrecogn
 1412.1897. Reference code: Evolving-AI-Lab/fooling, GPL of its sferes part; written anew from the paper.
 
 `evolve` needs nothing but answers: MAP-Elites (`lynceus.trust.evolution`) over pixels (`lynceus.trust.pixels`) or over
-pattern networks (`lynceus.trust.cppn`). `ascend` follows gradients.
+pattern networks (`lynceus.trust.cppn`). `ascend` follows gradients, `retrain` teaches a model what fooled it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from lynceus.trust.ascend import AscentConfig
 from lynceus.trust.ascend import ascend as ascend
 from lynceus.trust.cppn import Expression as Expression
 from lynceus.trust.cppn import PatternConfig, Patterns
+from lynceus.trust.encodings import encoding_of
 from lynceus.trust.evolution import Encoding, Run, judge, search
 from lynceus.trust.guard import collect, examine
-from lynceus.trust.pixels import PixelConfig, Pixels, check_shape
+from lynceus.trust.pixels import PixelConfig, check_shape
 from lynceus.trust.real import resemblance, told_apart
+from lynceus.trust.retrain import learner as learner
+from lynceus.trust.retrain import retrain as retrain
 
 LEVELS = (0.99, 0.9999)
 PROBES = 64  # patterns that show whether a model has learnt anything
@@ -83,7 +86,7 @@ def evolve(
     began = time.monotonic()
     subject = subject if isinstance(subject, Subject) else Subject(subject)
     shape = check_shape(shape)
-    made = _encoding(encoding, shape, grey)
+    made = encoding_of(encoding, shape, grey)
     if real is not None and tuple(real.shape[1:]) != shape:
         raise AdviceError(f"The real images are {tuple(real.shape[1:])}, those to evolve {shape}; give equal shapes.")
     report = Report(name="fooling images", environment=environment(seed))
@@ -269,14 +272,6 @@ class Fooling:
 def to_bits(images: Tensor) -> Tensor:
     """uint8 images; [0, 1] is rounded to the nearest of 255 steps."""
     return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _encoding(encoding: str | PixelConfig | PatternConfig, shape: tuple[int, int, int], grey: bool) -> Encoding:
-    if isinstance(encoding, PixelConfig) or encoding == "pixels":
-        return Pixels(shape, encoding if isinstance(encoding, PixelConfig) else None, grey=grey)
-    if isinstance(encoding, PatternConfig) or encoding == "cppn":
-        return Patterns(shape, encoding if isinstance(encoding, PatternConfig) else None, grey=grey)
-    raise unknown("encoding", str(encoding), ("pixels", "cppn"))
 
 
 def _fill(
