@@ -121,7 +121,7 @@ def digits(o: argparse.Namespace) -> list[dict[str, Any]]:
                     random_search(oracle, seed=seed, mend="scrutinised" in way)
                     ways[way].append(oracle.severity)
                 else:
-                    mode = "cooperative" if way == "game" else "single"
+                    mode: Any = "cooperative" if way == "game" else "single"
                     found = search(grey(net), image, budget_queries=QUERIES, mode=mode, seed=seed).summary
                     ways[way].append(found["severity"])
                     if way == "game":
@@ -201,7 +201,8 @@ def batching(o: argparse.Namespace) -> list[dict[str, Any]]:
         "CIFAR CNN 32x32": (cifar_cnn(), cifar(1, 45_000)[0][0].float() / 255, 1_000),
     }
     for name, (net, image, queries) in cases.items():
-        subject, row = Subject(lambda t, net=net: net(t), needs_grad=False), {"net": name}  # type: ignore[misc]
+        subject = Subject(lambda t, net=net: net(t), needs_grad=False)  # type: ignore[misc]
+        row: dict[str, Any] = {"net": name}
         for way, width, batch in (("batched", 64, 256), ("one by one", 1, 1)):
             best = math.inf
             for _ in range(3):

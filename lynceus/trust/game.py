@@ -37,7 +37,7 @@ from lynceus.trust import guard
 from lynceus.trust.game_report import feature_rows, figures, findings, gathered
 from lynceus.trust.keypoints import Detector, detect, owners, partition, saliency
 from lynceus.trust.oracle import Norm, Oracle, Paint, as_subject
-from lynceus.trust.plays import Pool
+from lynceus.trust.plays import WIDTH, Pool
 from lynceus.trust.single_player import sample_pixels
 from lynceus.trust.tree import Mode, Tree
 
@@ -46,7 +46,6 @@ MODES = ("cooperative", "adversarial", "nature", "single")
 LARGE = 200  # from this side on, a feature keeps PIXELS of its pixels
 PIXELS = 100
 LEVELS = 6  # moves of the root per search, of equal shares of the budget
-WIDTH = 64  # plays side by side
 IDLE = 200  # rounds without a single new question, after which nothing new is expected
 
 
@@ -82,7 +81,7 @@ def search(
       pixels still do it on the worst features), or at random ("nature"); "single" is SafeCV's one player.
     paint, confidence: see `lynceus.trust.oracle.Oracle`. plays: random games follow the "saliency", or are "uniform".
     keypoints: rows (row, column, size, response); None: `detector` finds them.
-    levels: how often the root moves. width: plays side by side. batch: images per pass at most.
+    levels: how often the root moves. width: images that wait before they are sent. batch: images per pass at most.
     tighten: states that cannot beat the best example are not asked (cooperative player I; the value is the same).
     stop_at_first: ends with the batch that holds the first example.
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lynceus.trust.oracle import Answer, Oracle, State
 
+WIDTH = 64  # states per batch, at least, while there are plays
 T = TypeVar("T")
 Play = Generator[list[State], None, T]  # yields states to be asked, returns its outcome
 
@@ -28,19 +29,17 @@ def known(oracle: Oracle, state: State) -> Play[Answer]:
 def first_change(oracle: Oracle, start: State, moves: list[int]) -> Play[State | None]:
     """The state where the class changes when `moves` are played from `start` in turn, None where it never does.
 
-    Looks after 0, 1, 2, 4, 8 ... moves and at the end, then halves the interval in which the class changed: a change
-    that is taken back between two looks is not seen, which saves most of the queries of a long play.
+    Looks after 0, 1, 2, 4, 8 ... moves and at the end, all at once, then halves the interval in which the class
+    changed: a handful of queries for a long play. A change that is taken back between two looks is not seen.
     """
-    if (yield from known(oracle, start)).changed:
-        return start
-    low, high = 0, 1
-    while low < len(moves):
-        high = min(high, len(moves))
-        if (yield from known(oracle, start.union(moves[:high]))).changed:
-            break
-        low, high = high, high * 2
-    else:
-        return None
+    looks = [0, *(2**i for i in range(len(moves).bit_length()) if 2**i < len(moves)), len(moves)]
+    states = [start.union(moves[:k]) for k in looks]
+    if new := [s for s in states if s not in oracle.answers]:
+        yield new
+    high = next((k for k, s in zip(looks, states, strict=True) if oracle.answers[s].changed), None)
+    if not high:
+        return None if high is None else start
+    low = looks[looks.index(high) - 1]
     while high - low > 1:
         middle = (low + high) // 2
         if (yield from known(oracle, start.union(moves[:middle]))).changed:
@@ -74,7 +73,7 @@ class Pool:
     """Runs plays side by side; every round sends the states that all of them wait for in one go.
 
     oracle: who is asked. refill: gives further plays with what to do at their end, None when there is none just now.
-    width: plays that run at a time, as far as `refill` gives them.
+    width: states that wait to be asked at a time, as far as `refill` gives plays.
     """
 
     def __init__(
@@ -82,19 +81,22 @@ class Pool:
         oracle: Oracle,
         refill: Callable[[], tuple[Play[Any], Callable[[Any], None]] | None],
         *,
-        width: int = 64,
+        width: int = WIDTH,
     ):
         self.oracle, self.refill, self.width = oracle, refill, width
         self.running: deque[tuple[Play[Any], Callable[[Any], None], list[State]]] = deque()
 
     def round(self) -> bool:
         """One batch of queries. False when nothing is left to run."""
-        free = 0
-        while len(self.running) < self.width and free < 4 * self.width:
+        free, waiting_for = 0, sum(len(states) for _, _, states in self.running)
+        while waiting_for < self.width and free < 4 * max(self.width, WIDTH):
             given = self.refill()
             if given is None:
                 break
-            free += not self._advance(*given)
+            if self._advance(*given):
+                waiting_for += len(self.running[-1][2])
+            else:
+                free += 1
         wanted = [s for _, _, states in self.running for s in states]
         if wanted:
             self.oracle.ask(wanted)

@@ -182,20 +182,30 @@ class Tree:
     def _play(self, node: Node) -> Play[float]:
         oracle = self.oracle
         room = self._room(node.state)
-        if node.feature == NOBODY:
-            if room < 0:  # beyond the bound: not even asked
-                node.solved, node.payoff = True, 0.0
-                return 0.0
-            if node.state not in oracle.answers:
-                yield [node.state]
-            if oracle.answers[node.state].changed:
-                node.solved, node.payoff = True, self.reward(oracle.size(node.state))
-                yield from scrutinise(oracle, node.state)
-                self.wins += 1
-                return node.payoff
-            if room < self._least_cost:
-                node.solved, node.payoff = True, 0.0
-                return 0.0
+        turn = node.feature == NOBODY
+        if turn and room < 0:  # beyond the bound: not even asked
+            node.solved, node.payoff = True, 0.0
+            return 0.0
+        if turn and room < self._least_cost:  # the last state that may be asked
+            moves: list[int] = []
+        else:
+            moves = self._moves(node)
+        hit = yield from first_change(oracle, node.state, moves)
+        if hit is not None:
+            self.wins += 1
+        if turn and oracle.answers[node.state].changed:
+            node.solved, node.payoff = True, self.reward(oracle.size(node.state))
+        elif turn and room < self._least_cost:
+            node.solved, node.payoff = True, 0.0
+        if hit is None:
+            return 0.0
+        reward = self.reward(oracle.size(hit))
+        yield from scrutinise(oracle, hit)
+        return reward
+
+    def _moves(self, node: Node) -> list[int]:
+        """The pixels of one random play from a node, as many as its bound allows."""
+        oracle, room = self.oracle, self._room(node.state)
         if self.tighten and self.mode == "cooperative":
             # a longer play may be scrutinised into a smaller example: it may reach further than the best
             limit = min(oracle.distance, REACH * oracle.severity)
@@ -204,16 +214,11 @@ class Tree:
         if math.isfinite(room):
             count = min(count, int(room / self._least_cost))
         if count < 1:
-            return 0.0
+            return []
         first = None if node.feature == NOBODY else node.feature
         moves = drawn_moves(self.features, self.logs, self.share, node.state, first=first, count=count, draw=self.draw)
         cost = np.cumsum([oracle.cost[p] for p in moves])
-        hit = yield from first_change(oracle, node.state, moves[: int(np.searchsorted(cost, room, side="right"))])
-        if hit is None:
-            return 0.0
-        self.wins += 1
-        yield from scrutinise(oracle, hit)
-        return self.reward(oracle.size(hit))
+        return moves[: int(np.searchsorted(cost, room, side="right"))]
 
     def _back(self, path: list[Node], reward: float | None) -> None:
         """Adds a play's reward to every node of its path and brings values up to date; None only does the second."""
