@@ -126,17 +126,14 @@ def _imported(target: str) -> Any:
     """A dataclass, or a constant such as a Literal, of another module of the library, from its source."""
     module, _, name = target.partition(":")
     for item in _tree(module)[0].body:
-        targets = (
-            item.targets if isinstance(item, ast.Assign) else [item.target] if isinstance(item, ast.AnnAssign) else []
-        )
-        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            assert isinstance(item, (ast.Assign, ast.AnnAssign))
-            if item.value is not None:
-                return eval(compile(ast.Expression(item.value), module, "eval"), dict(_NAMES))
         if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("lynceus."):
             for alias in item.names:
                 if (alias.asname or alias.name) == name:
                     return _imported(f"{item.module}:{alias.name}")
+        elif isinstance(item, (ast.Assign, ast.AnnAssign)) and item.value is not None:
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return eval(compile(ast.Expression(item.value), module, "eval"), dict(_NAMES))
     return _from_source(target)
 
 
