@@ -21,7 +21,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "linear": ("lynceus.gauntlet.probes:LinearProbe", "batch-normalised linear probe on frozen features"),
     "fewshot": ("lynceus.gauntlet.probes:FewShot", "a few labels per class on frozen features"),
     "retrieval": ("lynceus.gauntlet.retrieval:Retrieval", "finding the same picture or class by frozen features"),
-    "edits": ("lynceus.trust.edits.audit:Edits", "which attribute of the scene does the model lean on?"),
+    "edits": ("lynceus.trust.edits.audits:Edits", "which attribute of the scene does the model lean on?"),
     "shift": ("lynceus.trust.shift:ShiftConsistency", "does the answer change when the camera moves by a pixel?"),
     "fooling": ("lynceus.trust.fooling:Fooling", "meaningless images that the model names with near certainty"),
     "attacks": ("lynceus.trust.attacked:Attacked", "accuracy when every image may be changed within a small ball"),

@@ -85,7 +85,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "edits": Section(
         title="Edited scenes",
-        check="lynceus.trust.edits.audit:Edits",
+        check="lynceus.trust.edits.audits:Edits",
         weight=3,
         images=200,
         options={"quiet": True},

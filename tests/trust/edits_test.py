@@ -10,12 +10,12 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.types import Sample
 from lynceus.data.synth.objects import GROUNDS, SMOOTH, objects
 from lynceus.trust.edits import complexity, edit, find_mask
-from lynceus.trust.edits.complexity import change, lowpass, visible_complexity
 from lynceus.trust.edits.compose import compose, feathered, soft_edge
-from lynceus.trust.edits.edit import Scene
 from lynceus.trust.edits.fill import diffused
 from lynceus.trust.edits.geometry import box_and_rate, largest_scene, object_box, rescale_scene, resize8
 from lynceus.trust.edits.remove import grown, margin, remove
+from lynceus.trust.edits.scene import Scene
+from lynceus.trust.edits.spectrum import change, lowpass, visible_complexity
 
 COUNT, SIDE = 200, 96
 

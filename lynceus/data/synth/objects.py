@@ -29,6 +29,7 @@ GLYPHS: dict[str, tuple[tuple[float, float, float, float], ...]] = {
 }
 GROUNDS = ("gradient", "clouds", "stripes", "checks", "grain", "waves")
 SMOOTH = ("gradient", "clouds")
+NIGHT = "night"  # a seventh ground, dark and nearly flat; drawn only where asked for
 
 
 def objects(
@@ -45,13 +46,13 @@ def objects(
     """Pictures of size x size with one coloured glyph each; its class is the label, and all are equally many.
 
     rates: least and most share of the pixels. turn: at most this many degrees either way. centred: False puts it
-    anywhere inside. grounds: which of GROUNDS to draw from. agree: this share of the pictures stands on the ground
+    anywhere inside. grounds: which of GROUNDS (or "night") to draw from. agree: this share of the pictures stands on the ground
     whose position in `grounds` is that of the class (as many grounds as classes), the others on any.
     masks (1, h, w), boxes, classes. extra: "ground" (3, h, w) without the object, "family", "rate", "angle".
     """
     for name in grounds:
-        if name not in GROUNDS:
-            raise unknown("ground", name, GROUNDS)
+        if name not in (*GROUNDS, NIGHT):
+            raise unknown("ground", name, (*GROUNDS, NIGHT))
     if not 0 < rates[0] <= rates[1] < 0.6:
         raise AdviceError(f"rates is (least, most) share of the pixels, below 0.6; got {rates}.")
     if agree is not None and len(grounds) != len(GLYPHS):
@@ -126,7 +127,7 @@ def texture(rng: np.random.Generator, family: str, size: tuple[int, int]) -> Flo
     """A ground of one family, 0..255: muted colours, uneven light, a pattern and a little grain."""
     h, w = size
     y, x = (a / max(h, w) for a in grid(h, w))
-    base, other = rng.uniform(40, 170, (2, 3))
+    base, other = rng.uniform(*((4, 24) if family == NIGHT else (40, 170)), (2, 3))
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
     across = -x * math.sin(angle) + y * math.cos(angle)

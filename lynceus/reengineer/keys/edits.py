@@ -10,7 +10,7 @@ import numpy as np
 
 from lynceus.reengineer.filling import fingerprint, image, picks
 from lynceus.reengineer.parity import Row
-from lynceus.trust.edits.complexity import complexity, lowpass
+from lynceus.trust.edits.spectrum import complexity, lowpass
 from lynceus.trust.edits.geometry import box_and_rate, largest_scene, rescale_scene
 
 LEVELS, PIXELS, RATE, RELATIVE = 2.0, 1.0, 0.002, 1e-6

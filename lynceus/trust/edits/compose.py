@@ -28,8 +28,9 @@ def compose(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
     """The ground with the layer's pixels inside the mask; ground outside the mask stays bit-equal.
 
-    "feather" fades over 2 px inside the mask (fewer in pictures smaller than 256 px), "paste" cuts hard, "poisson" carries the layer's gradients over (its
-    colours change) and falls back to feathering where the mask touches the border. Returns what was done, too.
+    "feather" fades over 2 px inside the mask (fewer in pictures smaller than 256 px), "paste" cuts hard, "poisson"
+    carries the layer's gradients over (its colours change) and falls back to feathering where the mask touches the
+    border. Returns what was done, too.
     """
     if blend not in BLENDS:
         raise unknown("way to blend", str(blend), BLENDS)

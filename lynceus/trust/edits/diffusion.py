@@ -54,29 +54,32 @@ def recompose(
     if not 1 <= start <= model.steps:
         raise AdviceError(f"start is a step of the diffusion model, 1 to {model.steps}; got {start}.")
     object_, x = layer * 2 - 1, ground * 2 - 1
-    times = lambda t: torch.full((len(x),), t, dtype=torch.long, device=x.device)  # noqa: E731
-    noise = lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)  # noqa: E731
+
+    def times(t: int) -> Tensor:
+        return torch.full((len(x),), t, dtype=torch.long, device=x.device)
+
+    def noise() -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+    guided = guidance != 0 or adversary is not None
     x = model.q_sample(x, times(start - 1), noise())
     for t in range(start - 1, -1, -1):
-        kept, kept_before = _kept(model, x, times(t)), _kept(model, x, times(t - 1)) if t else torch.ones(())
-        step = 1 - kept / kept_before
-        guided = bool(guidance) or adversary is not None
+        kept = _kept(model, x, times(t))
+        before = _kept(model, x, times(t - 1)) if t else torch.ones_like(kept)
+        step = 1 - kept / before  # the variance that this step of the forward process adds
         with torch.set_grad_enabled(guided):
             current = x.detach().requires_grad_(guided)
             clean = model.denoise(current, times(t))
-            if guided:
-                loss = _loss(clean, guidance, adversary)
-                slope = torch.autograd.grad(loss, current)[0]
+            slope = torch.autograd.grad(_loss(clean, guidance, adversary), current)[0] if guided else None
         clean = clean.detach().clamp(-1, 1)
-        mean = (kept_before.sqrt() * step * clean + (kept / kept_before).sqrt() * (1 - kept_before) * x) / (1 - kept)
-        variance = step * (1 - kept_before) / (1 - kept)
-        if guided:
+        mean = (before.sqrt() * step * clean + (kept / before).sqrt() * (1 - before) * x) / (1 - kept)
+        variance = step * (1 - before) / (1 - kept)
+        if slope is not None:
             mean = mean - torch.maximum(variance, step * 0.1) * slope
+        x = mean
         if t:
             x = mean + variance.sqrt() * noise()
             x = torch.where(mask, model.q_sample(object_, times(t - 1), noise()), x)
-        else:
-            x = mean
     return torch.where(mask, layer, ((x + 1) / 2).clamp(0, 1))
 
 

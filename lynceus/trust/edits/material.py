@@ -17,10 +17,10 @@ from lynceus.core.guard import examine
 from lynceus.core.identity import image_key
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample, as_float
-from lynceus.trust.edits.complexity import visible_complexity
-from lynceus.trust.edits.edit import Scene, donor_image, main_mask, object_masks, pixels
 from lynceus.trust.edits.find import Finder, find_mask
 from lynceus.trust.edits.remove import Method
+from lynceus.trust.edits.scene import Scene, donor_image, main_mask, object_masks, pixels
+from lynceus.trust.edits.spectrum import visible_complexity
 
 POOL = 32  # images whose grounds are lent to others
 LENT = 128  # pictures that are read when donors are given

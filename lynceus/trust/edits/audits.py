@@ -26,10 +26,10 @@ from lynceus.core.rng import derive, numpy_generator
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
 from lynceus.trust.edits.compose import Blend
-from lynceus.trust.edits.edit import NEAR, edit
 from lynceus.trust.edits.find import Finder
 from lynceus.trust.edits.material import Material, collect, logits
 from lynceus.trust.edits.remove import Method
+from lynceus.trust.edits.scene import NEAR, edit
 from lynceus.trust.edits.settings import IDENTITY, STANDARD, Setting, setting
 
 WORST = 3  # pictures shown per setting

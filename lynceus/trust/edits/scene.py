@@ -20,10 +20,10 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.core.rng import numpy_generator
+from lynceus.core.rng import generator, numpy_generator
 from lynceus.core.types import Sample
-from lynceus.trust.edits.complexity import change
 from lynceus.trust.edits.compose import Blend, compose, soft_edge, touches
+from lynceus.trust.edits.diffusion import PER_SHARE, Denoiser, recompose
 from lynceus.trust.edits.geometry import (
     Cutout,
     box_and_rate,
@@ -38,6 +38,7 @@ from lynceus.trust.edits.geometry import (
     turned,
 )
 from lynceus.trust.edits.remove import METHODS, Ground, Method, grown, margin, remove
+from lynceus.trust.edits.spectrum import change, visible_complexity
 
 Halo = Literal["auto", "keep", "remove"]
 SOFT = 0.2  # share of the object in the ring outside its mask from which the ring counts as part of it
@@ -185,6 +186,8 @@ def edit(
     method: Method = "moved",
     halo: Halo = "auto",
     which: int | None = None,
+    diffusion: Denoiser | None = None,
+    steps: int = 10,
     seed: int = 0,
 ) -> Sample:
     """The sample with one or more attributes of its object or ground changed; with none, taken apart and recomposed.
@@ -198,6 +201,8 @@ def edit(
       rises (> 0) or falls (-1 < share < 0) where the object does not hide it; a random donor lends its amplitudes.
     blend: "feather", "poisson" or "paste". method: how the hole is filled: "moved", "telea" or "ring". halo: whether
       the pixels just outside the mask belong to the object: "auto" looks, "keep" leaves them bit-equal.
+    diffusion: an object that noises and denoises: the ground is then made anew, from its noised self at step `steps`,
+      and the object pasted; `complexity` guides it. See `lynceus.trust.edits.diffusion`.
     Returns a Sample: image (as the input's type), masks (1, h, w), box, label, and extra["edit"]: what was reached
       ("rate", "angle", "position", "visible", "complexity", "blend", "notes"). Depth, flow and other objects' masks
       do not hold any more and are left out.
@@ -219,9 +224,14 @@ def edit(
     layer, mask = placed(piece, scene.size, ground)
     if not mask.any():
         raise AdviceError(f"After this edit nothing of the object of {_name(scene)} is inside the picture.")
+    if complexity is not None and not complexity > -1:
+        raise AdviceError(f"complexity is a share, greater than -1 (0.5: half as much again); got {complexity}.")
+    if diffusion is not None:
+        image = _diffused(scene, ground, layer, mask, diffusion, steps, complexity or 0.0, seed)
+        log["blend"] = "diffusion"
+        log["complexity"] = visible_complexity(image, mask) / max(visible_complexity(ground, mask), 1e-12) - 1
+        return _result(scene, image, mask, piece, log)
     if complexity is not None:
-        if not complexity > -1:
-            raise AdviceError(f"complexity is a share, greater than -1 (0.5: half as much again); got {complexity}.")
         donor = _donor_ground(scene, donors, rng) if donors and complexity > 0 else None
         made = change(ground, complexity, hidden=mask, donor=donor)
         ground, log["complexity"] = made.image, made.ratio - 1
@@ -229,6 +239,30 @@ def edit(
             log["notes"].append(f"complexity changed by {made.ratio - 1:+.2f} instead of {complexity:+.2f}")
     image, log["blend"] = compose(ground, layer, mask, blend=blend)
     return _result(scene, image, mask, piece, log)
+
+
+def _diffused(
+    scene: Scene,
+    ground: np.ndarray,
+    layer: np.ndarray,
+    mask: np.ndarray,
+    model: Denoiser,
+    steps: int,
+    share: float,
+    seed: int,
+) -> UInt8[np.ndarray, "h w 3"]:
+    back, front = (torch.from_numpy(x.astype(np.float32) / 255).permute(2, 0, 1)[None] for x in (ground, layer))
+    made = recompose(
+        model,
+        back,
+        front,
+        torch.from_numpy(mask[None, None].copy()),
+        start=steps,
+        guidance=PER_SHARE * share,
+        generator=generator(seed, "diffusion", scene.sample.id),
+    )
+    out: np.ndarray = (made[0] * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return out
 
 
 def _name(scene: Scene) -> str:
