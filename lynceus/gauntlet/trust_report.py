@@ -36,7 +36,7 @@ class Section:
 
     title: of the section. check: "module:Class". weight: its share of the time. images: how many it looks at.
     options: of the check. needs: of the model or data, beyond the check's own. numbers: keys of its summary that stand
-    on top of the whole report, with the names that they have there.
+    on top of the whole report, with the names that they have there. say: a sentence for checks that give none.
     """
 
     title: str
@@ -46,6 +46,7 @@ class Section:
     options: Mapping[str, Any] | None = None
     needs: frozenset[str] = frozenset()
     numbers: Mapping[str, str] | None = None
+    say: str = ""
 
 
 SECTIONS: dict[str, Section] = {
@@ -55,6 +56,7 @@ SECTIONS: dict[str, Section] = {
         weight=0.5,
         options={"quiet": True},
         numbers={"accuracy": "accuracy", "ece": "calibration error"},
+        say="{accuracy:.1%} of {images:.0f} images are answered rightly; confidence is off by {ece:.1%} on average.",
     ),
     "attacks": Section(
         title="Under attack",
@@ -76,6 +78,8 @@ SECTIONS: dict[str, Section] = {
         weight=1,
         images=500,
         numbers={"realistic_adversarial": "unmoved by every shift of 1 px", "certified": "certified for shifts"},
+        say="{realistic_consistency:.1%} of answers stay the same when the camera moves by a pixel; for "
+        "{realistic_adversarial:.1%} of the images all eight do.",
     ),
     "corrupted": Section(
         title="Noise, blur, weather, digital damage",
@@ -174,6 +178,7 @@ class TrustReport:
             if kept is None and not cut:
                 ledger.put(key, part.json())
             part.name = section.title
+            part.answer = part.answer or _said(section, part)
             part.environment.clear()
             report.parts.append(part)
             state = "ended by its time" if cut else "done"
@@ -245,6 +250,13 @@ def _fitted(kind: Callable[..., Any], options: dict[str, Any], subject: Subject,
             raise
         report = kind(**options, extend=1, view=int(side[0]))(subject, images, seed=seed)
     return report
+
+
+def _said(section: Section, part: Report) -> str:
+    try:
+        return section.say.format_map(part.summary)
+    except KeyError:
+        return ""
 
 
 def finding(part: Report) -> str:
