@@ -40,6 +40,7 @@ from lynceus.trust.retrain import learner as learner
 from lynceus.trust.retrain import retrain as retrain
 
 LEVELS = (0.99, 0.9999)
+EXAMINED = 12  # four images are shown three times, to see whether answers are sound
 PROBES = 64  # patterns that show whether a model has learnt anything
 SPREAD = 0.75  # least standard deviation of log odds over them; untrained networks stay below 0.6
 SHOWN = 40  # pictures in the gallery
@@ -91,8 +92,8 @@ def evolve(
         raise AdviceError(f"The real images are {tuple(real.shape[1:])}, those to evolve {shape}; give equal shapes.")
     report = Report(name="fooling images", environment=environment(seed))
     _examine(subject, shape, real, labels, report)
-    check_trained(subject, shape, real, labels, crops=crops, untrained=untrained)
-    reserve = PROBES + (0 if real is None else len(real)) + (len(classes) if classes is not None else 0)
+    count, asked = check_trained(subject, shape, real, labels, crops=crops, untrained=untrained)
+    asked += EXAMINED + (0 if real is None else len(real) + (count if classes is None else len(classes)))
     run = search(
         subject,
         made,
@@ -104,14 +105,14 @@ def evolve(
         goal=goal,
         batch_size=batch_size,
         seconds=None if seconds is None else seconds - (time.monotonic() - began),
-        queries=None if queries is None else queries - reserve * (10 if crops else 1),
+        queries=None if queries is None else queries - asked,
         keep=keep,
         keep_every=keep_every,
         quiet=quiet,
     )
     picked = torch.tensor(list(classes) if classes is not None else range(len(run.archive.odds)))
     _fill(report, subject, made, run, picked, real, labels, batch_size or population)
-    report.summary |= {"generations": float(run.generations), "queries": float(PROBES + run.queries)}
+    report.summary |= {"generations": float(run.generations), "queries": float(asked + run.queries)}
     seconds_taken = time.monotonic() - began
     report.summary |= {"seconds": seconds_taken}
     fresh = (run.generations + 1 - run.resumed) * population
@@ -158,29 +159,34 @@ def check_trained(
     *,
     crops: int = 0,
     untrained: bool = False,
-) -> None:
-    """Raises AdviceError when the model has learnt nothing: it names labelled images no better than chance or, without
-    labels, answers much the same for very different patterns."""
+) -> tuple[int, int]:
+    """How many classes the model has, and how many answers it took to see that it has learnt something.
+
+    Raises AdviceError when it has not: it names labelled images no better than chance or, without labels, answers much
+    the same for very different patterns."""
     probes = Patterns(shape)
     images = probes.render(probes.initial(PROBES, rng.derive(0, "probes")))
     odds = judge(subject, images, crops=crops).cpu()
+    classes, views = int(odds.shape[1]), 10 if crops else 1
     if untrained:
-        return
+        return classes, PROBES * views
     advice = "Train it first, or insist with untrained=True."
     known = None if labels is None or real is None else (labels >= 0).nonzero().flatten()
     if known is not None and real is not None and labels is not None and len(known) >= 20:
         answers = judge(subject, to_bits(real[known]), batch_size=256, crops=crops).cpu().argmax(1)
-        right, chance = float((answers == labels[known]).double().mean()), 1 / odds.shape[1]
+        right, chance = float((answers == labels[known]).double().mean()), 1 / classes
         if right <= chance + 3 * (chance * (1 - chance) / len(known)) ** 0.5:
             raise AdviceError(
                 f"{subject.name} names {100 * right:.0f}% of {len(known)} real images rightly, no better than chance: "
                 f"that it can be fooled would say nothing. {advice}"
             )
-    elif (spread := float(odds.std(0).mean())) < SPREAD:
+        return classes, (PROBES + len(known)) * views
+    if (spread := float(odds.std(0).mean())) < SPREAD:
         raise AdviceError(
             f"{subject.name} has learnt nothing yet, it seems: over {PROBES} very different patterns the log odds of "
             f"its classes vary by {spread:.2g} only (trained networks: by 2 and more). {advice}"
         )
+    return classes, PROBES * views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +265,7 @@ class Fooling:
                 goal=self.goal,
                 batch_size=self.batch_size,
                 seconds=left,
-                queries=self.queries,
+                queries=None if self.queries is None else self.queries - EXAMINED - 1,
                 keep=self.keep,
                 untrained=self.untrained,
             )

@@ -42,11 +42,11 @@ def test_pixels_reach_999_in_every_class_by_generation_30(pixels):
         assert len(report.rows) == 10
 
 
-def test_patterns_reach_999_in_the_median_by_generation_50(net):
-    for seed in range(5):
-        summary = evolve(net, DIGIT, "cppn", 50, 200, seed, quiet=True).summary
-        assert summary["median_confidence"] >= 0.999
-        assert summary["minimum_confidence"] >= 0.95
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 5))])
+def test_patterns_reach_999_in_the_median_by_generation_50(net, seed):
+    summary = evolve(net, DIGIT, "cppn", 50, 200, seed, quiet=True).summary
+    assert summary["median_confidence"] >= 0.999
+    assert summary["minimum_confidence"] >= 0.95
 
 
 def test_confidence_is_that_of_the_8_bit_images(net, pixels):
@@ -75,7 +75,7 @@ def test_likeness_is_that_of_numpy(pixels):
     x, y = x[:400].flatten(1).numpy().astype(float), y[:400].numpy()
     for i, row in enumerate(pixels[0].rows):
         mine = pixels[0].arrays["images"][i].ravel() / 255
-        assert row["correlation"] == pytest.approx(max(np.corrcoef(mine, o)[0, 1] for o in x[y == i]), abs=1e-9)
+        assert row["correlation"] == pytest.approx(max(np.corrcoef(mine, o)[0, 1] for o in x[y == i]), abs=1e-6)
         assert row["nearest real image"] == str(y[((x - mine) ** 2).sum(1).argmin()])
 
 
@@ -98,7 +98,7 @@ def test_the_promised_gain_comes_true_to_first_order():
     """A linear pair of logits: p rises by about min(.03, .1 (1 - p)) at a step."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     torch.manual_seed(0)
-    nn.init.normal_(net[1].weight, std=0.05)
+    nn.init.normal_(net[1].weight, std=1.0)
     report = ascend(
         Subject(net, mean=(0.0,) * 3, std=(1.0,) * 3), 1, 0.0, shape=(3, 2, 2), config=AscentConfig(steps=8), quiet=True
     )
@@ -178,7 +178,7 @@ def test_budgets_are_kept_and_told(net, tmp_path):
     assert "400" not in report.answer
     assert any("budget" in n for n in report.notes)
     assert report.summary["queries"] <= 400
-    assert sum(asked) <= 400 + 3 * 4  # four images are asked about three times before, to see that answers are sound
+    assert sum(asked) == report.summary["queries"]
     report = evolve(net, DIGIT, "pixels", 10_000, 200, seconds=0.5, keep=tmp_path, quiet=True)
     assert any("0.5 s" in n or "budget" in n for n in report.notes)
     assert report.summary["generations"] < 10_000
@@ -188,7 +188,7 @@ def test_evolution_goes_on_from_its_folder(net, tmp_path):
     x, y, _, _ = digits8()
     options = {"real": x[:50], "labels": y[:50], "quiet": True}
     whole = evolve(net, DIGIT, "cppn", 12, 40, 5, **options)
-    evolve(net, DIGIT, "cppn", 12, 40, 5, queries=64 + 50 + 40 * 6, keep=tmp_path, **options)
+    evolve(net, DIGIT, "cppn", 12, 40, 5, queries=64 + 12 + 50 + 60 + 40 * 6, keep=tmp_path, **options)
     rest = evolve(net, DIGIT, "cppn", 12, 40, 5, keep=tmp_path, **options)
     assert rest.rows == whole.rows
     for name, value in whole.arrays.items():
@@ -232,6 +232,11 @@ def test_auroc_is_sklearns():
     assert auroc(torch.from_numpy(low), torch.from_numpy(high)) == pytest.approx(roc_auc_score(truth, np.r_[low, high]))
 
 
+class FirstChannel(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
 # the check -------------------------------------------------------------------------------------------
 def test_the_check_runs_on_a_plain_function_behind_http(net):
     class Answer(BaseHTTPRequestHandler):
@@ -272,12 +277,11 @@ def test_the_check_reads_grey_from_the_data_and_can_ascend(net):
     assert np.array_equal(images[:, 0], images[:, 1])
     coloured = Fooling(encoding="pixels", generations=3, population=40, grey=False)(model, samples)
     assert not np.array_equal(coloured.arrays["images"][:, 0], coloured.arrays["images"][:, 1])
-    climbed = Fooling(encoding="ascent", steps=20, limit=60)(Subject(net.model, mean=(0.0,), std=(1.0,)), [
-        Sample(image=v, label=int(n)) for v, n in zip(x[:60], y[:60])
-    ])  # fmt: skip
+    seen = Subject(nn.Sequential(FirstChannel(), net.model), mean=(0.0,) * 3, std=(1.0,) * 3)
+    climbed = Fooling(encoding="ascent", steps=20, limit=60)(seen, samples)
     assert len(climbed.rows) == 30
     with pytest.raises(AdviceError, match="queries"):
-        Fooling(encoding="ascent", queries=5)(Subject(net.model, mean=(0.0,), std=(1.0,)), samples)
+        Fooling(encoding="ascent", queries=5)(seen, samples)
 
 
 # retraining ------------------------------------------------------------------------------------------
