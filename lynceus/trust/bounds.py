@@ -27,7 +27,7 @@ from lynceus.trust.bounds_ops import Convolution, Input, Network, Relu
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 METHODS = ("ibp", "crown-ibp", "crown")
-ENTRIES = 1 << 23  # numbers that one backward pass may hold per step
+ENTRIES = 1 << 21  # numbers that one backward pass holds per step: more leaves the cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Box:
     @property
     def centre(self) -> Tensor:
         return (self.lower + self.upper) / 2
+
+    def pick(self, at: Tensor) -> Box:
+        """The boxes `at` of the batch."""
+        return Box(self.lower[at], self.upper[at])
 
     def least(self, c: Tensor) -> Tensor:
         """The smallest c . x over the box: c (b, s, *shape) -> (b, s)."""
@@ -101,6 +105,10 @@ class Ball:
         eps = self._side(self.centre)
         low, high = self.centre - eps, self.centre + eps
         return Box(low, high) if self.clip is None else Box(low.clamp(*self.clip), high.clamp(*self.clip))
+
+    def pick(self, at: Tensor) -> Ball:
+        """The balls `at` of the batch."""
+        return Ball(self.centre[at], torch.as_tensor(self.eps)[at], self.norm, self.clip)
 
     def _side(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.eps).reshape(-1, *(1,) * (like.ndim - 1))
@@ -231,6 +239,7 @@ class Propagation:
         self.batch = len(region)
         self.hidden: dict[int, tuple[Tensor, Tensor]] = {}
         self.intervals: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lines: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor]] = {}
         self._read = {network.nodes[i].inputs[0] for i in network.relus}
         self._propagate(known or {})
 
@@ -258,11 +267,9 @@ class Propagation:
         node = self.network.nodes[index]
         centre, square = squares[node.inputs[0]]
         centre, reach = node.op.run(centre), node.op.squared(square)
-        if self.kernel_rows and isinstance(node.op, Convolution):
-            reach = reach.flatten(2).amax(-1).reshape(*reach.shape[:2], *(1,) * (reach.ndim - 2)).expand_as(reach)
-            if torch.unique(square).numel() == 1:
-                rows = node.op.weight.square().flatten(1).sum(1).reshape(-1, *(1,) * (reach.ndim - 2))
-                reach = (square.flatten()[0] * rows).expand_as(reach)
+        if self.kernel_rows and isinstance(node.op, Convolution) and not node.op.rest[3]:
+            rows = node.op.weight.square().flatten(1).sum(1)
+            reach = (square.amax() * rows).reshape(-1, *(1,) * (reach.ndim - 2)).expand_as(reach)
         if node.op.axis_aligned:
             squares[index] = (centre, reach)
         half = reach.clamp_min(0).sqrt()
@@ -277,78 +284,98 @@ class Propagation:
         """Bounds of what a ReLU reads: from the intervals, or by a backward pass where the method wants it."""
         low, high = self.intervals[index]
         if self.method == "crown" and not self._exact(index):
-            size = self.network.nodes[index].size
-            open_ = torch.arange(size, device=low.device)
-            if self.intersect:
-                open_ = open_[((low < 0) & (high > 0)).flatten(1).any(0)]
-            if len(open_):
-                below, above = self._hidden_bounds(index, open_)
-                if self.intersect:
-                    below = torch.maximum(below, low.flatten(1)[:, open_])
-                    above = torch.minimum(above, high.flatten(1)[:, open_])
-                    above = torch.maximum(above, below)  # rounding
+            need = (low < 0) & (high > 0) if self.intersect else torch.ones_like(low, dtype=torch.bool)
+            image, neuron = need.expand(self.batch, *low.shape[1:]).flatten(1).nonzero(as_tuple=True)
+            if len(image):
+                below, above = self._hidden_bounds(index, image, neuron)
+                shape = low.shape
                 low, high = low.flatten(1).clone(), high.flatten(1).clone()
-                low[:, open_], high[:, open_] = below, above
-                shape = self.network.nodes[index].shape
-                low, high = low.reshape(-1, *shape), high.reshape(-1, *shape)
+                if self.intersect:
+                    below = torch.maximum(below, low[image, neuron])
+                    above = torch.maximum(torch.minimum(above, high[image, neuron]), below)  # rounding
+                low[image, neuron], high[image, neuron] = below, above
+                low, high = low.reshape(shape), high.reshape(shape)
                 self.intervals[index] = (low, high)
         self.hidden[index] = (low, high)
+        for node in self.network.nodes:
+            if isinstance(node.op, Relu) and node.inputs == (index,):
+                self._lines[index, node.op.slope] = _relaxed(low, high, node.op.slope)
 
     def _exact(self, index: int) -> bool:
-        """The interval is exact already: one affine operator of the input."""
-        node = self.network.nodes[index]
+        """The interval is exact already: at most one affine operator of the input."""
         plain = isinstance(self.region, Box) or self.region.norm == math.inf or self.region.clip is None
-        return index > 0 and node.inputs == (0,) and plain
+        return index == 0 or (self.network.nodes[index].inputs == (0,) and plain)
 
-    def _hidden_bounds(self, index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden_bounds(self, index: int, image: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
+        """Backward bounds of single neurons of single images: (p,) each."""
         node = self.network.nodes[index]
-        widest = max(n.size for n in self.network.nodes[: index + 1])
-        step = max(1, ENTRIES // (2 * self.batch * widest))
+        step = max(1, ENTRIES // (2 * max(n.size for n in self.network.nodes[: index + 1])))
+        offset = self.network.offset(index)
         below, above = [], []
-        for start in range(0, len(rows), step):
+        for start in range(0, len(image), step):
             if time.perf_counter() > self.until:
                 raise Late
-            part = rows[start : start + step]
-            eye = torch.zeros(1, len(part), node.size, dtype=self.network.dtype, device=self.network.device)
-            eye[0, torch.arange(len(part)), part] = 1
-            c = torch.cat([eye, -eye], 1).reshape(1, 2 * len(part), *node.shape)
-            least = self.backward(index, c)
-            below.append(least[:, : len(part)])
-            above.append(-least[:, len(part) :])
-        return torch.cat(below, 1), torch.cat(above, 1)
+            at = image[start : start + step]
+            rows, place = neuron[start : start + step].unique(return_inverse=True)
+            c = torch.zeros(len(rows), node.size, dtype=self.network.dtype, device=self.network.device)
+            c[torch.arange(len(rows)), rows] = 1
+            held: dict[int, Tensor] = {}
+            for source, part in zip(node.inputs, node.op.back(c.reshape(-1, *node.shape))):
+                if part is not None:
+                    both = torch.stack([part, -part], 1)[place]
+                    held[source] = both if source not in held else held[source] + both
+            constant = torch.zeros(len(at), 2, dtype=c.dtype, device=c.device)
+            if offset is not None:
+                value = offset.flatten()[rows][place]
+                constant = torch.stack([value, -value], 1)
+            least = self._concrete(*self._pull(held, constant, at=at), at=at)
+            below.append(least[:, 0])
+            above.append(-least[:, 1])
+        return torch.cat(below), torch.cat(above)
 
     def backward(self, index: int, c: Tensor, *, to_input: bool = True) -> Tensor:
         """Lower bounds (b, s) of c . (node's output), c (b or 1, s, *shape), by a backward pass through the relaxed
         network. `to_input` False stops at the first ReLUs and takes their intervals."""
-        coefficients, constant = self.pull(index, c, to_input=to_input)
-        least = constant
-        for node, value in coefficients.items():
-            if node == 0:
-                least = least + self.region.least(value)
-            else:
-                least = least + Box(*self.intervals[node]).least(value)
-        return least.expand(self.batch, -1)
+        return self._concrete(*self.pull(index, c, to_input=to_input)).expand(self.batch, -1)
 
     def pull(self, index: int, c: Tensor, *, to_input: bool = True) -> tuple[dict[int, Tensor], Tensor]:
         """The linear lower bound itself: coefficients of the input (or of where it stopped) and constants (b, s)."""
-        nodes = self.network.nodes
-        held: dict[int, Tensor] = {index: c}
-        ends: dict[int, Tensor] = {}
         constant = torch.zeros(c.shape[:2], dtype=c.dtype, device=c.device)
-        for at in range(index, -1, -1):
-            if at not in held:
+        return self._pull({index: c}, constant, to_input=to_input)
+
+    def _concrete(self, ends: dict[int, Tensor], least: Tensor, *, at: Tensor | None = None) -> Tensor:
+        """The smallest value of a linear bound; `at`: which region each row belongs to."""
+        for node, value in ends.items():
+            if node == 0:
+                region = self.region if at is None else self.region.pick(at)
+            else:
+                low, high = self.intervals[node]
+                region = Box(low, high) if at is None else Box(low[at], high[at])
+            least = least + region.least(value)
+        return least
+
+    def _pull(
+        self, held: dict[int, Tensor], constant: Tensor, *, to_input: bool = True, at: Tensor | None = None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        nodes = self.network.nodes
+        ends: dict[int, Tensor] = {}
+        for index in range(max(held), -1, -1):
+            if index not in held:
                 continue
-            c = held.pop(at)
-            node = nodes[at]
+            c = held.pop(index)
+            node = nodes[index]
             if isinstance(node.op, Input) or (isinstance(node.op, Relu) and not to_input):
-                ends[at] = c
+                ends[index] = c
                 continue
             if isinstance(node.op, Relu):
-                c, extra = self._relax(node.op, self.hidden[node.inputs[0]], c)
-                constant = constant + extra
-                parts: tuple[Tensor | None, ...] = (c,)
+                below, chord, above = self._lines[node.inputs[0], node.op.slope]
+                if at is not None:
+                    below, chord, above = below[at], chord[at], above[at]
+                extra = c.clamp_max(0).flatten(2) @ above.flatten(1).unsqueeze(-1)
+                constant = constant + extra.squeeze(-1)
+                parts: tuple[Tensor | None, ...] = (c * torch.where(c > 0, below.unsqueeze(1), chord.unsqueeze(1)),)
             else:
-                offset = self.network.offset(at)
+                offset = self.network.offset(index)
                 if offset is not None:
                     constant = constant + c.flatten(2) @ offset.flatten()
                 parts = node.op.back(c.reshape(-1, *node.shape))
@@ -357,19 +384,6 @@ class Propagation:
                 if part is not None:
                     held[source] = part if source not in held else held[source] + part
         return ends, constant
-
-    def _relax(self, op: Relu, known: tuple[Tensor, Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
-        """c . relu(z) >= c' . z + constant for z between the known bounds: chord above, slope 1 or the leak below."""
-        low, high, leak = known[0], known[1], op.slope
-        on, off = low >= 0, high <= 0
-        unstable = ~(on | off)
-        width = torch.where(unstable, high - low, torch.ones_like(high))
-        chord = torch.where(unstable, (high - leak * low) / width, torch.where(on, 1.0, leak))
-        above = torch.where(unstable, high - chord * high, torch.zeros_like(high))
-        below = torch.where(on | (unstable & (high > -low)), 1.0, leak)
-        negative = c.clamp_max(0)
-        extra = (negative.flatten(2) @ above.flatten(1).unsqueeze(-1)).squeeze(-1)
-        return c.clamp_min(0) * below.unsqueeze(1) + negative * chord.unsqueeze(1), extra
 
     def logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of rows (s, k) times the logits, (b, s)."""
@@ -394,3 +408,15 @@ class Propagation:
         if self.intersect and self.method != "ibp":
             least = torch.maximum(least, self.backward(last, rows, to_input=False))
         return least
+
+
+def _relaxed(low: Tensor, high: Tensor, leak: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines around max(z, leak z) for z in [low, high]: the slope below (1 or the leak), slope and height of the chord
+    above."""
+    on, off = low >= 0, high <= 0
+    unstable = ~(on | off)
+    width = torch.where(unstable, high - low, torch.ones_like(high))
+    chord = torch.where(unstable, (high - leak * low) / width, torch.where(on, 1.0, leak))
+    above = torch.where(unstable, high - chord * high, torch.zeros_like(high))
+    below = torch.where(on | (unstable & (high > -low)), 1.0, leak)
+    return below.to(low.dtype), chord.to(low.dtype), above

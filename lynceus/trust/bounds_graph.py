@@ -26,10 +26,12 @@ from lynceus.trust.bounds_ops import (
     Concatenate,
     Convolution,
     Dense,
+    Duels,
     Input,
     Network,
     Node,
     Operator,
+    Pick,
     Rearrange,
     Relu,
     Scale,
@@ -37,6 +39,7 @@ from lynceus.trust.bounds_ops import (
     Sum,
     View,
     Winner,
+    Winners,
 )
 
 BATCH = 3  # of the recording
@@ -559,14 +562,18 @@ class _Lowering:
         rows, columns = (
             _taps(sides[a], shape[-2:][a], kernel[a], stride[a], padding[a], dilation[a]) for a in range(2)
         )
-        taps = []
-        for row, column in itertools.product(rows, columns):
-            index = (row[:, None] * sides[1] + column[None, :]).flatten()
-            taps.append(self.per_sample(_picker(index, shape), source, shape, moves=False))
-        while len(taps) > 1:
-            left = [self.larger(a, b) for a, b in zip(taps[::2], taps[1::2])]
-            taps = left + taps[len(taps) - len(taps) % 2 :]
-        return taps[0]
+        index = torch.stack(
+            [(row[:, None] * sides[1] + column[None, :]).flatten() for row, column in itertools.product(rows, columns)]
+        )
+        lead, count = shape[:-2], len(index)
+        taps = self.add(Pick(index, self.nodes[source].shape), (source,), (count, *lead, index.shape[1]))
+        while count > 1:
+            pairs = count // 2
+            duels = self.add(Duels(pairs, count), (taps,), (pairs, *lead, index.shape[1]))
+            wins = self.add(Relu(), (duels,), (pairs, *lead, index.shape[1]))
+            count -= pairs
+            taps = self.add(Winners(pairs), (taps, wins), (count, *lead, index.shape[1]))
+        return self.add(View(self.nodes[taps].shape, shape), (taps,), shape)
 
 
 def _values(value: Any) -> Any:
@@ -586,10 +593,6 @@ def _each(value: Any) -> Any:
 def _expand(x: Tensor, shape: Shape) -> Tensor:
     lead = (1,) * (len(shape) + 1 - x.ndim)
     return x.reshape(len(x), *lead, *x.shape[1:]).expand(len(x), *shape).contiguous()
-
-
-def _picker(index: Tensor, shape: Shape) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.flatten(-2)[..., index.to(x.device)].reshape(len(x), *shape)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -290,6 +290,82 @@ class Winner(Operator):
         return torch.maximum(low, low_a), torch.maximum(high, high_a)
 
 
+class Pick(Operator):
+    """Places of a map, (..., h, w) -> (taps, ..., places): for each tap a row of indices into h * w."""
+
+    def __init__(self, index: Tensor, shape: Shape):
+        self.index, self.shape = index, shape
+        flat = index.flatten()
+        places = shape[-1] * shape[-2]
+        self.inverse = flat.argsort() if torch.equal(flat.sort().values, torch.arange(places)) else None
+
+    def run(self, *x: Tensor) -> Tensor:
+        out = x[0].flatten(-2)[..., self.index.flatten().to(x[0].device)]
+        return out.unflatten(-1, tuple(self.index.shape)).movedim(-2, 1)
+
+    def linear(self, *x: Tensor) -> Tensor:
+        return self.run(x[0])
+
+    def absolute(self, r: Tensor) -> Tensor:
+        return self.run(r)
+
+    def back(self, c: Tensor) -> tuple[Tensor | None, ...]:
+        c = c.movedim(1, -2).flatten(-2)
+        if self.inverse is not None:
+            out = c[..., self.inverse.to(c.device)]
+        else:
+            out = c.new_zeros(*c.shape[:-1], self.shape[-1] * self.shape[-2])
+            out.index_add_(-1, self.index.flatten().to(c.device), c)
+        return (out.unflatten(-1, self.shape[-2:]),)
+
+    def interval(self, *boxes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.run(boxes[0][0]), self.run(boxes[0][1])
+
+
+class Duels(Operator):
+    """Of taps (t, ...): the first `pairs` minus the next `pairs`."""
+
+    def __init__(self, pairs: int, taps: int):
+        self.pairs, self.taps = pairs, taps
+
+    def run(self, *x: Tensor) -> Tensor:
+        return x[0][:, : self.pairs] - x[0][:, self.pairs : 2 * self.pairs]
+
+    def linear(self, *x: Tensor) -> Tensor:
+        return self.run(x[0])
+
+    def back(self, c: Tensor) -> tuple[Tensor | None, ...]:
+        rest = c.new_zeros(len(c), self.taps - 2 * self.pairs, *c.shape[2:])
+        return (torch.cat([c, -c, rest], 1),)
+
+    def interval(self, *boxes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        (low, high), n = boxes[0], self.pairs
+        return low[:, :n] - high[:, n : 2 * n], high[:, :n] - low[:, n : 2 * n]
+
+
+class Winners(Operator):
+    """The maxima of those pairs, and the taps that were in none: read from the taps and the relu of their duels."""
+
+    def __init__(self, pairs: int):
+        self.pairs = pairs
+
+    def run(self, *x: Tensor) -> Tensor:
+        taps, lead = x
+        return torch.cat([taps[:, self.pairs : 2 * self.pairs] + lead, taps[:, 2 * self.pairs :]], 1)
+
+    def linear(self, *x: Tensor) -> Tensor:
+        return self.run(*x)
+
+    def back(self, c: Tensor) -> tuple[Tensor | None, ...]:
+        lead = c[:, : self.pairs]
+        return torch.cat([torch.zeros_like(lead), c], 1), lead
+
+    def interval(self, *boxes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        n = self.pairs
+        low, high = (torch.cat([torch.maximum(v[:, :n], v[:, n : 2 * n]), v[:, 2 * n :]], 1) for v in boxes[0])
+        return low, high
+
+
 class Concatenate(Operator):
     """Inputs side by side along an axis of the sample."""
 
