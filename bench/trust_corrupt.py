@@ -180,7 +180,7 @@ def on_cifar(o: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("peer", "time", "cifar"))
+    parser.add_argument("what", nargs="?", default="time", choices=("peer", "time", "cifar"))
     parser.add_argument("--peer", default="")
     parser.add_argument("--side", type=int, default=224, help="0: native sizes")
     parser.add_argument("--photos", type=int, default=150)

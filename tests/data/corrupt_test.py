@@ -294,6 +294,16 @@ def test_motion_blur_is_a_one_sided_gaussian_along_the_line():
     assert float(steep[20:31, 20].sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_photographs_of_any_size(imagenet_jpegs):
+    """Real pictures at their own sizes: each comes out whole, changed, and nearer to its old self when milder."""
+    for path in imagenet_jpegs[:2]:
+        x = lynceus.data.read_image(path)
+        for name in CORRUPTIONS:
+            mild, hard = (corrupt(x, name, s, scale=c) for s, c in ((1, "cifar"), (5, "imagenet")))
+            near, far = ((v.float() - x.float()).pow(2).mean() for v in (mild, hard))
+            assert 0 < near < far, name
+
+
 # mistakes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("image", "name", "severity", "word"),
