@@ -29,6 +29,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "attribution": ("lynceus.explain.worst_cases:Attribution", "which pixels the worst answers rest on"),
     "game": ("lynceus.trust.game:Game", "how few painted pixels change the answer, found from outputs alone?"),
     "corrupted": ("lynceus.trust.corrupted:Corrupted", "noise, blur, weather, digital damage at five severities; mCE"),
+    "verify": ("lynceus.trust.verified:Verify", "which answers are proven, and how far may an image move?"),
     "scaling": ("lynceus.gauntlet.scaling:DataScaling", "how accuracy grows with data, and what more data would bring"),
     "all": (
         "lynceus.gauntlet.trust_report:TrustReport",

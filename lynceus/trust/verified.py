@@ -1,7 +1,7 @@
 """Check: which answers are proven. Per image a verdict on a few strong pixels, and how far the whole image may move.
 
-Verification: Safety Verification of Deep Neural Networks, CAV 2017, arXiv 1610.06940 (see `verify`). Radii: linear bounds
-from below (see `bounds`), the attack FMN (arXiv 2102.12827) from above; the truth lies between the two curves.
+Verification: Safety Verification of Deep Neural Networks, CAV 2017, arXiv 1610.06940 (see `verify`). Radii: linear
+bounds from below (see `bounds`), the attack FMN (arXiv 2102.12827) from above; the truth lies between the two curves.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from lynceus.trust.verify_query import SLACK, check_goal
 
 NEURONS = 20_000  # ReLUs up to which every layer gets its backward pass
 BATCH = 8  # images whose radii are bounded together
-HALVINGS = 12
 MethodName = Literal["auto", "ibp", "crown-ibp", "crown"]
 
 
@@ -108,13 +107,9 @@ class _Run:
         self.check, self.subject, self.material, self.seed = check, subject, material, seed
         self.network, self.fused = network, fused(network)
         count = sum(network.nodes[i].size for i in network.relus)
-        self.method: Method = (
-            ("crown" if count <= NEURONS else "crown-ibp") if check.method == "auto" else check.method
-        )
+        self.method: Method = ("crown" if count <= NEURONS else "crown-ibp") if check.method == "auto" else check.method
         options = (check.pixels, check.step, check.count, check.goal, self.method, check.boxes, check.layers)
-        self.ledger = Ledger(
-            check.keep, "verify", (options, check.radius, check.steps, seed, model_key(subject))
-        )
+        self.ledger = Ledger(check.keep, "verify", (options, check.radius, check.steps, seed, model_key(subject)))
 
     def go(self, until: float | None) -> list[dict[str, Any]]:
         """Finished images, in order; stops when the time is over."""
@@ -124,10 +119,11 @@ class _Run:
             for start in range(0, len(images), BATCH):
                 stop = min(start + BATCH, len(images))
                 keys = [f"{i}-{image_key(images[i]).hex()}-{int(labels[i])}" for i in range(start, stop)]
+                found: dict[str, list[Any]] | None = {}
                 if any(self.ledger.get(k) is None for k in keys):
                     found = self._radii(images[start:stop], labels[start:stop], until)
-                    if found is None:
-                        return pieces
+                if found is None:
+                    return pieces
                 for i, key in zip(range(start, stop), keys):
                     piece = self.ledger.get(key)
                     if piece is None:
@@ -155,20 +151,20 @@ class _Run:
         if self.check.radius and bool(right.any()):
             stop = math.inf if until is None else time.perf_counter() + until - time.monotonic()
             scale = logits.double().abs().amax(1).cpu()[right]
+            found = fmn(self.subject, x[right], truth[right].to(device), norm="linf", steps=self.check.steps)
+            attacked[right] = torch.where(found.success, found.distance.double(), math.inf).cpu()
             try:
                 proven[right] = certified_radius(
                     self.fused,
                     images[right],
                     truth[right],
-                    most=self.check.radius,
+                    most=attacked[right].clamp(max=self.check.radius),
                     method=self.method,
                     tolerance=SLACK * scale,
                     until=stop,
                 )
             except Late:
                 return None
-            found = fmn(self.subject, x[right], truth[right].to(device), norm="linf", steps=self.check.steps)
-            attacked[right] = torch.where(found.success, found.distance.double(), math.inf).cpu()
         return {"answer": answer.tolist(), "proven": proven.tolist(), "attacked": attacked.tolist()}
 
     def _image(self, i: int, known: dict[str, Any], seconds: float | None) -> dict[str, Any]:
@@ -207,33 +203,48 @@ class _Run:
 @torch.no_grad()
 def certified_radius(
     network: Network,
-    images: Float[Tensor, "b *shape"],
+    images: Float[Tensor, "b c h w"],
     labels: Int[Tensor, " b"],
     *,
-    most: float,
+    most: Tensor | float,
     method: Method = "crown",
     norm: float = math.inf,
     clip: tuple[float, float] | None = (0.0, 1.0),
     tolerance: Tensor | float = 0.0,
-    halvings: int = HALVINGS,
+    precision: float = 0.02,
+    trials: int = 12,
     until: float = math.inf,
 ) -> Float[Tensor, " b"]:
-    """The largest radius up to `most` for which one call of the bounds proves each image's label, by bisection.
+    """The largest radius up to `most` for which one call of the bounds proves each image's label, found by trials.
 
-    A lower bound of the true radius. tolerance: margins must exceed it. Raises `Late` after `until`."""
+    A lower bound of the true radius. most: one number, or (b,): radii at which an attack succeeded save trials.
+    tolerance: margins must exceed it. precision: stops when proven and open radii are this close, relatively. The next
+    trial is where the line through the margins of the last two would cross zero. Raises `Late` after `until`.
+    """
     rows = margin_rows(labels, len(images), network.nodes[-1].size).to(network.device)
-    proven = torch.zeros(len(images), dtype=torch.float64)
-    open_ = torch.full_like(proven, most)
-    trial = open_.clone()
-    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand(len(images))[:, None]
-    for _ in range(halvings):
-        region = Ball(images.to(network.device), trial.to(network.device), norm=norm, clip=clip)
-        least = Propagation(network, region, method=method, until=until).margins(rows).cpu()
-        safe = (least > tolerance).all(1)
-        proven = torch.where(safe, trial, proven)
-        open_ = torch.where(safe, open_, trial)
-        trial = torch.where(proven == most, most, (proven + open_) / 2)
-    return proven
+    batch = images.to(network.device).double()
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand(len(images))
+    low = torch.zeros(len(images), dtype=torch.float64)
+    high = torch.as_tensor(most, dtype=torch.float64).expand(len(images)).clone()
+    top = high.clone()
+    low_margin = (rows @ network(batch).unsqueeze(-1)).squeeze(-1).amin(1).cpu() - tolerance
+    high_margin = -2 * low_margin  # a guess: bounds lose the label well before an attack finds another
+    open_ = (low_margin > 0) & (high > 0)
+    for trial in range(trials):
+        if not bool(open_.any()):
+            break
+        at = open_.nonzero().flatten()
+        share = (low_margin[at] / (low_margin[at] - high_margin[at])).clamp(0.05, 0.95)
+        if trial % 3 == 2:
+            share = torch.full_like(share, 0.5)
+        eps = low[at] + share * (high[at] - low[at])
+        region = Ball(batch[at], eps.to(network.device), norm=norm, clip=clip)
+        least = Propagation(network, region, method=method, until=until).margins(rows[at]).cpu().amin(1) - tolerance[at]
+        safe = least > 0
+        low[at], low_margin[at] = torch.where(safe, eps, low[at]), torch.where(safe, least, low_margin[at])
+        high[at], high_margin[at] = torch.where(safe, high[at], eps), torch.where(safe, high_margin[at], least)
+        open_ = open_ & (high - low > precision * top.clamp_min(1e-12) * 0.5)
+    return low
 
 
 def _plain(value: float) -> float | None:
@@ -270,11 +281,15 @@ def _fill(report: Report, check: Verify, material: Material, pieces: list[dict[s
             row["attacked radius"] = math.inf if p["attacked"] is None else p["attacked"]
         report.rows.append(row)
     count = len(pieces)
-    report.summary = {"images": float(count), **{k: kinds.get(k, 0) / count for k in ("safe", "unsafe", "unknown", "wrong")}}
+    report.summary = {
+        "images": float(count),
+        **{k: kinds.get(k, 0) / count for k in ("safe", "unsafe", "unknown", "wrong")},
+    }
     report.summary["safe for every real point"] = strong / count
     what = f"{check.pixels} values" if check.pixels else "all values"
+    reach = f"{check.step * check.count:g}"
     report.answer = (
-        f"{kinds['safe']} of {count} answers are proven against changes of {what} by up to {check.step * check.count:g}; "
+        f"{kinds['safe']} of {count} answers are proven against changes of {what} by up to {reach}; "
         f"{kinds['unsafe']} have a counterexample, {kinds['unknown']} stayed unknown within the budget"
         + (f", {kinds['wrong']} were wrong from the start." if kinds["wrong"] else ".")
     )

@@ -29,6 +29,7 @@ from lynceus.trust.fooling import Fooling
 from lynceus.trust.game import Game
 from lynceus.trust.level_sets import BlindSpots
 from lynceus.trust.shift import ShiftConsistency
+from lynceus.trust.verified import Verify
 
 MEMBERS = {
     "kNN": KNN(),
@@ -52,6 +53,7 @@ MEMBERS = {
     "game": Game(queries=150, limit=3),
     "game, one player": Game(queries=100, limit=2, mode="single"),
     "trust report": TrustReport(only=("accuracy", "shift", "edits"), limit=30, seconds=None),
+    "verify": Verify(limit=3, pixels=2, boxes=4, steps=4, radius=0.01),
     "evaluate": Evaluate(quiet=True),
     "cost": CostCheck(repeats=0),  # times differ from call to call
 }
