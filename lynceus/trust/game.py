@@ -67,6 +67,7 @@ def search(
     width: int = WIDTH,
     batch: int = 256,
     tighten: bool = True,
+    looks: Literal["doubling", "each"] = "doubling",
     stop_at_first: bool = False,
     seed: int = 0,
 ) -> Report:
@@ -83,6 +84,7 @@ def search(
     keypoints: rows (row, column, size, response); None: `detector` finds them.
     levels: how often the root moves. width: images that wait before they are sent. batch: images per pass at most.
     tighten: states that cannot beat the best example are not asked (cooperative player I; the value is the same).
+    looks: a play asks after 1, 2, 4, 8 ... pixels and halves the last interval, or after "each" pixel, as the paper's.
     stop_at_first: ends with the batch that holds the first example.
 
     rows: one per feature. arrays: image (c, h, w), pixels (k, 2) rows and columns, curve (m, 2) queries and severity
@@ -92,6 +94,8 @@ def search(
         raise unknown("mode of the game", str(mode), MODES)
     if plays not in ("saliency", "uniform"):
         raise unknown("weighting of plays", str(plays), ("saliency", "uniform"))
+    if looks not in ("doubling", "each"):
+        raise unknown("rule for looks", str(looks), ("doubling", "each"))
     if budget_queries is None and seconds is None:
         raise AdviceError("A search needs an end: give budget_queries=2500 or seconds=30.")
     if levels < 1 or width < 1 or batch < 1 or not distance > 0:
@@ -134,6 +138,7 @@ def search(
         sample_pixels(oracle, keypoints, seed=seed, stop_at_first=stop_at_first)
     else:
         tree = _tree(oracle, [features[i] for i in kept], map_, plays, mode, tighten, seed)
+        tree.each = looks == "each"
         _grow(tree, levels=levels, width=width, stop_at_first=stop_at_first)
     feature_rows(report, keypoints, [own[i] for i in kept], [features[i] for i in kept], tree)
     findings(report, oracle, tree, mode)

