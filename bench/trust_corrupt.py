@@ -156,6 +156,7 @@ def on_cifar(o: argparse.Namespace) -> dict[str, Any]:
     from lynceus.data.corrupt import corrupt_dataset
     from lynceus.trust.corrupted import Corrupted
 
+    torch.set_num_threads(o.threads)
     net = _trust.cifar_cnn()
     data = lynceus.data.open(_trust.CIFAR10)
     pictures = data.subset(range(50_000 - o.count, 50_000))
@@ -165,7 +166,7 @@ def on_cifar(o: argparse.Namespace) -> dict[str, Any]:
         built = time.perf_counter() - begin
         size = sum(f.stat().st_size for f in target.glob("*.npy"))
     print(f"CIFAR-10-C of {o.count} pictures, 19 corruptions, 5 severities: {built:.1f} s, {size / 2**20:.0f} MB")
-    held = data.subset(range(50_000 - min(o.count, 5000), 50_000))
+    held = data.subset(range(50_000 - min(o.count, 2000), 50_000))
     report = Corrupted(corruptions=("all",), batch_size=256)(Subject(net, name="small CNN"), held)
     print(report.table(width=120))
     falls = [

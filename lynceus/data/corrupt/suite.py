@@ -6,7 +6,8 @@ arXiv 1903.12261. Written from the paper and hendrycks/robustness (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,28 +85,31 @@ def natural_scale(height: int, width: int) -> Scale:
     return "cifar" if min(height, width) <= 48 else "imagenet"
 
 
-def _apply(batch: Tensor, name: str, constants: object, draws: Draws, scale: Scale, swap: bool) -> Tensor:
+def _apply(batch: Tensor, name: str, constants: Any, draws: Draws, scale: Scale, swap: bool) -> Tensor:
     """(b, 3, h, w) uint8."""
-    c: object = constants
     batch = _bytes(batch)
-    if name in ("jpeg_compression", "pixelate"):
-        return digital.pixelate(batch, c) if name == "pixelate" else digital.jpeg_compression(batch, c)  # type: ignore[arg-type]
+    if name in _FILED:
+        return _FILED[name](batch, constants)
     x = batch.float() / 255
     if name in _PLAIN:
-        out = _PLAIN[name](x, c)  # type: ignore[operator]
+        out = _PLAIN[name](x, constants)
     elif name == "glass_blur":
-        out = blur.glass_blur(x, c, draws, swap=swap)  # type: ignore[arg-type]
+        out = blur.glass_blur(x, constants, draws, swap=swap)
     elif name == "fog":
-        out = weather.fog(x, c, draws, least=PLASMA[scale])  # type: ignore[arg-type]
+        out = weather.fog(x, constants, draws, least=PLASMA[scale])
     elif name == "frost":
-        out = weather.frost(x, c, draws, size=SHRUNK[scale])  # type: ignore[arg-type]
+        out = weather.frost(x, constants, draws, size=SHRUNK[scale])
     else:
-        out = _DRAWN[name](x, c, draws)  # type: ignore[operator]
+        out = _DRAWN[name](x, constants, draws)
     out = out.clamp(0, 1).mul_(255)
     return out.to(torch.uint8) if out.dtype == torch.float64 else out.add_(SLACK).to(torch.uint8)
 
 
-_PLAIN = {
+_FILED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "jpeg_compression": digital.jpeg_compression,
+    "pixelate": digital.pixelate,
+}
+_PLAIN: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "defocus_blur": blur.defocus_blur,
     "zoom_blur": blur.zoom_blur,
     "gaussian_blur": blur.gaussian_blur,
@@ -113,7 +117,7 @@ _PLAIN = {
     "contrast": digital.contrast,
     "saturate": digital.saturate,
 }
-_DRAWN = {
+_DRAWN: dict[str, Callable[[Tensor, Any, Draws], Tensor]] = {
     "gaussian_noise": noise.gaussian_noise,
     "shot_noise": noise.shot_noise,
     "impulse_noise": noise.impulse_noise,
@@ -140,12 +144,12 @@ def _generators(given: Randomness, count: int) -> list[torch.Generator]:
     return [torch.Generator(source.device).manual_seed(s) for s in seeds]
 
 
-def _constants(name: str, severity: int, scale: str) -> object:
+def _constants(name: str, severity: int, scale: str) -> Any:
     if scale not in SEVERITIES:
         raise unknown("scale of corruptions", str(scale), tuple(SEVERITIES))
     if name not in SEVERITIES[scale]:
         raise unknown("corruption", str(name), CORRUPTIONS)
-    if isinstance(severity, bool) or severity not in range(6):
+    if isinstance(severity, bool) or not isinstance(severity, (int, np.integer)) or severity not in range(6):
         raise AdviceError(f"A severity is a whole number from 1 to 5 (0: untouched), not {severity!r}.")
     return SEVERITIES[scale][name][severity - 1]
 
