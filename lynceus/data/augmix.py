@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError
@@ -25,6 +25,7 @@ from lynceus.core.errors import AdviceError
 POINTWISE = ("autocontrast", "equalize", "posterize", "solarize")
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 CHANGES = POINTWISE + GEOMETRIC
+CACHED = 1 << 20  # values of the chains that are worked on together, so that they stay in the processor's cache
 LEVELS = 10  # severity at which a change is as strong as it gets
 
 
@@ -67,23 +68,27 @@ def augmix(
     weights = draws.dirichlet(np.full(width, config.alpha), b) * share[:, None]
     depth = np.full(b * width, config.depth) if config.depth else draws.integers(1, 4, b * width)
 
-    levels = image if image.dtype == torch.uint8 else (image * 255).round_().clamp_(0, 255).to(torch.uint8)
-    chains = levels.repeat_interleave(width, 0)
-    for step in range(int(depth.max(initial=0))):
-        kind = draws.integers(0, len(CHANGES), len(depth))
-        strength = draws.uniform(0.1, config.severity, len(depth)) / LEVELS
-        sign = np.where(draws.random(len(depth)) > 0.5, -1.0, 1.0)
-        kind[depth <= step] = -1
-        _change(chains, kind, strength, sign)
+    steps = int(depth.max(initial=0))
+    kind = draws.integers(0, len(CHANGES), (steps, b * width))
+    strength = draws.uniform(0.1, config.severity, (steps, b * width)) / LEVELS
+    sign = np.where(draws.random((steps, b * width)) > 0.5, -1.0, 1.0)
+    kind[depth[None] <= np.arange(steps)[:, None]] = -1
 
     mixed = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    scale = torch.from_numpy(weights).to(image.device, torch.float32) / 255
-    parts = chains.view(b, width, -1)
-    torch.bmm(scale[:, None], parts.to(torch.float32), out=mixed.view(b, 1, -1))
-    keep = torch.from_numpy(1 - share).to(image.device, torch.float32).view(-1, 1, 1, 1)
-    if image.dtype == torch.uint8:
-        return mixed.addcmul_(image.to(torch.float32), keep / 255)
-    return mixed.addcmul_(image.to(torch.float32), keep).to(image.dtype)
+    keep, scale = (torch.from_numpy(v).to(image.device, torch.float32) for v in (1 - share, weights / 255))
+    count = max(1, CACHED // max(1, width * image[:1].numel()))
+    for at in range(0, b, count):
+        part, own = slice(at, at + count), slice(at * width, (at + count) * width)
+        some = image[part]
+        levels = some if some.dtype == torch.uint8 else (some * 255).round_().clamp_(0, 255).to(torch.uint8)
+        chains = levels.repeat_interleave(width, 0)
+        for step in range(steps):
+            _change(chains, kind[step, own], strength[step, own], sign[step, own])
+        out = mixed[part]
+        torch.bmm(scale[part, None], chains.view(*scale[part].shape, -1).to(torch.float32), out=out.flatten(1)[:, None])
+        share_of_clean = keep[part].view(-1, 1, 1, 1) / (255 if some.dtype == torch.uint8 else 1)
+        out.addcmul_(some.to(torch.float32), share_of_clean)
+    return mixed if image.dtype == torch.uint8 else mixed.to(image.dtype)
 
 
 def _change(chains: Tensor, kind: np.ndarray, strength: np.ndarray, sign: np.ndarray) -> None:
@@ -127,22 +132,26 @@ def autocontrast(image: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     scale = torch.full_like(low, 255).div_((high - low).clamp(min=1))  # 255 / x would multiply by 1 / x
     levels = torch.arange(256, device=image.device, dtype=torch.float64)
     table = torch.where(high > low, (levels * scale - low * scale).clamp_(0, 255), levels).to(torch.uint8)
-    return table.gather(1, values.to(torch.int64)).view(n, c, h, w)
+    return table.view(-1).index_select(0, _entries(values).view(-1)).view(n, c, h, w)
 
 
 def equalize(image: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     """The histogram of each channel made flat."""
     n, c, h, w = image.shape
     rows = n * c
-    values = image.reshape(rows, h * w).to(torch.int64)
-    offset = torch.arange(rows, device=image.device)[:, None] * 256
-    counts = torch.bincount((values + offset).view(-1), minlength=rows * 256).view(rows, 256)
+    values = _entries(image.reshape(rows, h * w)).view(-1)
+    counts = torch.bincount(values, minlength=rows * 256).view(rows, 256)
     largest = torch.where(counts > 0, torch.arange(256, device=image.device), -1).amax(1, keepdim=True)
     step = (h * w - counts.gather(1, largest)) // 255
     before = counts.cumsum(1) - counts
     table = (before + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
     table = torch.where(step > 0, table, torch.arange(256, device=image.device)).to(torch.uint8)
-    return table.gather(1, values).view(n, c, h, w)
+    return table.view(-1).index_select(0, values).view(n, c, h, w)
+
+
+def _entries(values: UInt8[Tensor, "r m"]) -> Int32[Tensor, "r m"]:
+    """Where the values stand in tables of 256 entries per row."""
+    return torch.arange(len(values), device=values.device, dtype=torch.int32)[:, None].mul_(256) + values
 
 
 def posterize(image: UInt8[Tensor, "n c h w"], bits: Tensor) -> UInt8[Tensor, "n c h w"]:

@@ -48,7 +48,7 @@ class RobustifyConfig:
     through the whole net.
     temperature: of the distillation, whose weight is its square times `distil`. uncertain: pictures that the teacher is
     unsure of weigh less. passes, dropout: dropout passes of the teacher, and later of the heads' choice.
-    head_lr: factor on the learning rate for the heads.
+    head_lr, norm_lr: factors on the learning rate for the heads, and for the norms of frozen blocks.
     """
 
     tune: float = 2 / 12
@@ -60,13 +60,14 @@ class RobustifyConfig:
     passes: int = 10
     dropout: float = 0.1
     head_lr: float = 1.0
+    norm_lr: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("tune", "most"):
             if not 0 < getattr(self, name) <= 1:
                 raise AdviceError(f"{name} is a share in (0, 1], not {getattr(self, name)}.")
-        if self.temperature <= 0 or self.distil < 0 or self.head_lr <= 0:
-            raise AdviceError("temperature and head_lr must be above 0, and distil at least 0.")
+        if min(self.temperature, self.head_lr, self.norm_lr) <= 0 or self.distil < 0:
+            raise AdviceError("temperature, head_lr and norm_lr must be above 0, and distil at least 0.")
         if self.passes < 1 or not 0 <= self.dropout < 1:
             raise AdviceError("passes is at least 1 and dropout a share in [0, 1).")
 
@@ -175,29 +176,34 @@ class Robustify(Supervised):
         if batch.label is None or batch.label.ndim != 1:
             raise AdviceError("Robustify needs one label for every image, as a class number.")
         m, count = self.method, len(batch)
-        image = torch.cat([batch.pixels(), mixtures(batch)[:, 0]])
+        clean, mixed = batch.pixels(), mixtures(batch)[:, 0]
+        if clean.is_contiguous(memory_format=torch.channels_last):  # the order that fit asked for, and nets are fast in
+            mixed = mixed.contiguous(memory_format=torch.channels_last)
+        image = torch.cat([clean, mixed])
         logits = {name: made.float() for name, made in self.model.heads(self.model.vector(image)).items()}
         label = batch.label
-        clean = self.loss(logits["clean"][:count], batch)
+        own = self.loss(logits["clean"][:count], batch)
         robust = F.cross_entropy(logits["robust"][count:], label, ignore_index=-1)
         combined = F.cross_entropy(logits["combined"], torch.cat([label, label]), ignore_index=-1)
-        taught = clean["loss"].new_zeros(())
+        taught = own["loss"].new_zeros(())
         if m.distil:
             lesson, weight = self.lesson(image)
             taught = towards(logits["robust"][count:], lesson[count:], weight[count:], m.temperature)
             taught = taught + towards(logits["combined"], lesson, weight, m.temperature)
-        parts = {"clean_loss": clean["loss"], "robust_loss": robust, "combined_loss": combined, "distil_loss": taught}
-        total = clean["loss"] + robust + combined + m.distil * taught
-        return {"loss": total, **{k: v.detach() for k, v in parts.items()}, "accuracy": clean["accuracy"]}
+        parts = {"clean_loss": own["loss"], "robust_loss": robust, "combined_loss": combined, "distil_loss": taught}
+        total = own["loss"] + robust + combined + m.distil * taught
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}, "accuracy": own["accuracy"]}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """What learns: the backbone's part and its own head, and the two further heads."""
-        groups = param_groups(self.model.backbone)
-        further = [*self.model.robust_head.parameters(), *self.model.combined_head.parameters()]
-        head = {id(p) for p in self.model.head("clean").parameters()}
-        own = [p for p in self.model.backbone.parameters() if id(p) in head]
-        out = [{**g, "params": [p for p in g["params"] if id(p) not in head]} for g in groups]
-        heads = [*own, *further]
+        """What learns: the last blocks, the norms of the others, and the three heads."""
+        net: Any = self.model.backbone
+        heads = [p for name in ("clean", "robust", "combined") for p in self.model.head(name).parameters()]
+        inside = {id(net.get_parameter(name)) for name in self.blocks}
+        groups = param_groups(net)
+        apart = {id(p) for p in heads}
+        norms = [p for g in groups for p in g["params"] if id(p) not in inside | apart]
+        out = [{**g, "params": [p for p in g["params"] if id(p) in inside]} for g in groups]
+        out.append({"params": norms, "weight_decay": 0.0, "lr_scale": self.method.norm_lr})
         out.append({"params": [p for p in heads if p.ndim > 1], "lr_scale": self.method.head_lr})
         bias = [p for p in heads if p.ndim <= 1]
         out.append({"params": bias, "weight_decay": 0.0, "lr_scale": self.method.head_lr})
