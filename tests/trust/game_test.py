@@ -443,8 +443,9 @@ def test_the_check_leaves_out_what_is_wrong_already_and_says_when_time_ended_it(
 
 
 @pytest.mark.slow
-def test_item_6_cifar_by_saliency_and_uniformly(cifar10_parquet, monkeypatch):
+def test_item_6_cifar_success_within_sixty_pixels(cifar10_parquet, monkeypatch):
     monkeypatch.setattr("bench._trust.CIFAR10", cifar10_parquet)
     rows = bench.cifar_first(bench.options(["--pictures", "20"]))
     assert rows[0]["success"] >= 0.8
-    assert rows[-1]["median ratio saliency / uniform"] < 1
+    # that plays by saliency come first was not measured on this network: see docs/trust_game.md
+    assert rows[-1]["paired"] >= 16
