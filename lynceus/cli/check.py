@@ -67,6 +67,7 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
     check = merged(options, "check")
     classes = len(dataset.classes) if dataset.classes else None
+    asked = repr(check)
     if options.out is not None and getattr(check, "keep", options.out) is None:
         check = replace(check, keep=options.out)  # finished pieces: a second run of the same command goes on
     subject = open_subject(
@@ -80,7 +81,7 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     twin = (
         f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n"
         f"data = lynceus.data.open({options.data!r}{more})\n"
-        f"report = {check!r}(Subject({expression}{size}), data, seed={options.seed})\nprint(report.table())"
+        f"report = {asked}(Subject({expression}{size}), data, seed={options.seed})\nprint(report.table())"
     )
     show(report, out=options.out, twin=twin)
     return 0

@@ -42,7 +42,9 @@ class Report:
     parts: list[Report] = field(default_factory=list)
 
     def table(self, *, width: int | None = None) -> str:
-        """Name, summary, rows and notes as text of at most `width` columns (default: the terminal's, else 120)."""
+        """Name, summary, rows and notes as text of at most `width` columns (default: the terminal's, else 120).
+
+        Of the parts, the answers and notes; their tables are on the page."""
         parts = [self.name]
         if self.answer:
             parts.append(self.answer)
@@ -54,8 +56,8 @@ class Report:
         if self.notes:
             parts.append("\n".join(f"Note: {note}" for note in self.notes))
         for part in self.parts:
-            text = part.table(width=width)
-            parts.append(f"{'─' * min(width or 60, 60)}\n{text}")
+            said = [part.answer, *(f"Note: {note}" for note in part.notes)]
+            parts.append("\n".join([f"── {part.name}", *(line for line in said if line)]))
         return "\n\n".join(parts)
 
     def __str__(self) -> str:

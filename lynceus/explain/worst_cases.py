@@ -92,8 +92,8 @@ class Attribution:
                     "right": bool(label == int(answers[i])) if label >= 0 else None,
                     "confidence": float(confidence[i]),
                     "method": name,
-                    "fall without the marked tenth": float(falls[0][i]),
-                    "fall without a random tenth": float(falls[1][i]),
+                    "fall, marked tenth": float(falls[0][i]),
+                    "fall, random tenth": float(falls[1][i]),
                 }
                 if inside is not None:
                     row["share on the object"] = inside[i]

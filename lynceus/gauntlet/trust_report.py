@@ -27,6 +27,7 @@ from lynceus.core.report import Report, environment
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
 
+SMALL = 200_000  # parameters of a network whose answers can be proven in minutes
 CUT = 0.97  # a section that used this share of its time is taken as cut short: a second run does it again
 
 
@@ -37,6 +38,7 @@ class Section:
     title: of the section. check: "module:Class". weight: its share of the time. images: how many it looks at.
     options: of the check. needs: of the model or data, beyond the check's own. numbers: keys of its summary that stand
     on top of the whole report, with the names that they have there. say: a sentence for checks that give none.
+    largest: parameters of a model above which the section is left out.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Section:
     needs: frozenset[str] = frozenset()
     numbers: Mapping[str, str] | None = None
     say: str = ""
+    largest: int | None = None
 
 
 SECTIONS: dict[str, Section] = {
@@ -63,7 +66,7 @@ SECTIONS: dict[str, Section] = {
         check="lynceus.trust.attacked:Attacked",
         weight=4,
         images=200,
-        options={"steps": 20, "batch_size": 25},
+        options={"steps": 10, "batch_size": 10, "attacks": ("pgd", "apgd-dlr")},
         numbers={"accuracy at 2/255": "under attack, 2/255", "accuracy at 8/255": "under attack, 8/255"},
     ),
     "verify": Section(
@@ -71,12 +74,13 @@ SECTIONS: dict[str, Section] = {
         check="lynceus.trust.verified:Verify",
         weight=4,
         images=40,
+        largest=SMALL,
     ),
     "shift": Section(
         title="Moved by a pixel",
         check="lynceus.trust.shift:ShiftConsistency",
         weight=1,
-        images=500,
+        images=200,
         numbers={"realistic_adversarial": "unmoved by every shift of 1 px", "certified": "certified for shifts"},
         say="{realistic_consistency:.1%} of answers stay the same when the camera moves by a pixel; for "
         "{realistic_adversarial:.1%} of the images all eight do.",
@@ -136,7 +140,7 @@ class TrustReport:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    seconds: float | None = 540.0
+    seconds: float | None = 500.0
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     limit: int | None = None
@@ -211,6 +215,9 @@ class TrustReport:
             "labels": "the images have no labels",
             "masks": "the images have no masks of objects",
         }
+        size = sum(p.numel() for p in subject.model.parameters()) if isinstance(subject.model, nn.Module) else 0
+        if not lacking and section.largest is not None and size > section.largest:
+            return f"{subject.name} has {size:,} parameters; within minutes this is for up to {section.largest:,}"
         return "; ".join(words.get(n, f"{n} is not there") for n in lacking)
 
     def _run(
