@@ -162,7 +162,7 @@ class _Run:
             if a:
                 broken[a] = broken[a - 1]
             if name == "fmn":
-                self._minimal(x, y, broken[a], distance, adversarial)
+                self._minimal(x, y, broken[a], distance, adversarial, until)
                 continue
             for r, radius in enumerate(self.radii):
                 if until is not None and time.monotonic() >= until:
@@ -171,10 +171,12 @@ class _Run:
                 if len(left) == 0:
                     continue
                 seed = derive(self.seed, "attacked", start, name, r)
-                found = self._attack(name, x[left], y[left], radius, seed)
+                found = self._attack(name, x[left], y[left], radius, seed, until)
                 hit = left[found.success]
                 broken[a, hit, r:] = True  # what lies in a ball lies in every larger one
                 _closer(hit, found.image[found.success], found.distance[found.success], distance, adversarial)
+        if until is not None and time.monotonic() >= until:
+            return None  # the last attack may have been cut short
         kept = max(x.shape[-2:]) <= KEPT_SIDE or start < 4 * self.check.shown
         return {
             "clean": clean.cpu(),
@@ -183,12 +185,14 @@ class _Run:
             "adversarial": adversarial.cpu() if kept else None,
         }
 
-    def _minimal(self, x: Tensor, y: Tensor, broken: Tensor, distance: Tensor, adversarial: Tensor) -> None:
+    def _minimal(
+        self, x: Tensor, y: Tensor, broken: Tensor, distance: Tensor, adversarial: Tensor, until: float | None
+    ) -> None:
         """FMN looks for the smallest change; it breaks every radius from there on."""
         at = (distance > 0).nonzero()[:, 0]  # all that the clean model answers rightly
         if len(at) == 0:
             return
-        found = fmn(self.subject, x[at], y[at], norm=self.check.norm, steps=2 * self.check.steps)
+        found = fmn(self.subject, x[at], y[at], norm=self.check.norm, steps=2 * self.check.steps, until=until)
         image, ok, far = found.image, found.success, found.distance
         if self.check.grid:
             image = _on_grid(image)
@@ -201,7 +205,7 @@ class _Run:
         broken[hit] |= far[:, None] <= radii + slack
         _closer(hit, image, far, distance, adversarial)
 
-    def _attack(self, name: str, x: Tensor, y: Tensor, radius: float, seed: int) -> Adversarial:
+    def _attack(self, name: str, x: Tensor, y: Tensor, radius: float, seed: int, until: float | None) -> Adversarial:
         c = self.check
         if name == "fgsm":
             return fgsm(self.subject, x, y, epsilon=radius, norm=c.norm, grid=c.grid)
@@ -216,6 +220,7 @@ class _Run:
                 restarts=c.restarts,
                 grid=c.grid,
                 seed=seed,
+                until=until,
             )
         loss: Any = name.removeprefix("apgd-")
         return apgd(
@@ -229,6 +234,7 @@ class _Run:
             loss=loss,
             grid=c.grid,
             seed=seed,
+            until=until,
         )
 
 
@@ -259,8 +265,8 @@ def _fill(
     count = sum(len(p["clean"]) for p in done)
     if count < total:
         report.notes.append(
-            f"Time ran out after {count} of {total} images; all figures are of those {count}. Give more seconds, or a "
-            "keep folder and run again to go on."
+            f"Time ran out after {count} of {total} images; all figures are of those {count}. Give more seconds, a "
+            "smaller batch_size, or a keep folder and run again to go on."
         )
     if not count:
         report.rows.append({"epsilon": 0.0, "images": 0})

@@ -13,6 +13,7 @@ would hide adversarial images. Results never leave [0, 1] nor the ball, not by o
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -86,6 +87,7 @@ def pgd(
     grid: bool = False,
     early_stop: bool = True,
     seed: int = 0,
+    until: float | None = None,
 ) -> Adversarial:
     """Projected gradient ascent; of all points visited, the one with the highest margin is kept for each image.
 
@@ -95,6 +97,7 @@ def pgd(
     restarts: independent starts; images already broken are left alone. random_start: False starts at the image.
     grid: results lie on the 8-bit grid k / 255 (the images must too); distances then count whole levels.
     early_stop: an image is done once its answer is wrong. False goes on raising its loss, which training wants.
+    until: `time.monotonic()` at which to stop with what there is.
     """
     run = _Run(subject, images, labels, epsilon, norm, loss, targeted, grid)
     step = 2.5 * epsilon / steps if step_size is None else step_size
@@ -104,6 +107,8 @@ def pgd(
             break
         x = run.start(active, random_start or restart > 0, make_generator(seed, "pgd", restart))
         for _ in range(steps):
+            if _over(until):
+                break
             logits, _value, gradient = run.look(x, active)
             run.keep(x, logits, active)
             if early_stop:
@@ -132,6 +137,7 @@ def apgd(
     grid: bool = False,
     early_stop: bool = True,
     seed: int = 0,
+    until: float | None = None,
 ) -> Adversarial:
     """PGD without a step size to choose: momentum, and a step that is halved when the loss stalls, from the best point.
 
@@ -162,6 +168,8 @@ def apgd(
         }
         since = 0
         for k in range(steps):
+            if _over(until):
+                break
             if early_stop:
                 going = ~run.success[active]
                 if not bool(going.all()):
@@ -212,6 +220,7 @@ def fmn(
     step_size: float = 1.0,
     gamma: float = 0.05,
     targeted: bool = False,
+    until: float | None = None,
 ) -> Adversarial:
     """The smallest change that flips the answer: the ball shrinks while it does and grows while it does not.
 
@@ -225,6 +234,8 @@ def fmn(
     distance[found] = 0.0
     margins = run.margin.clone()
     for k in range(steps):
+        if _over(until):
+            break
         logits, value, gradient = run.look(x, everything)
         wrong = run.wrong(logits, everything)
         moved = norms(x - run.images, norm)
@@ -391,6 +402,10 @@ def check_pixels(images: Tensor) -> None:
 def _levels(a: Tensor, b: Tensor) -> Tensor:
     """Difference in whole 8-bit levels, as multiples of 1 / 255."""
     return ((a.double() * 255).round() - (b.double() * 255).round()) / 255
+
+
+def _over(until: float | None) -> bool:
+    return until is not None and time.monotonic() >= until
 
 
 def _column(value: Tensor) -> Tensor:
