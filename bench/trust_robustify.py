@@ -51,7 +51,7 @@ FIT = FitConfig(
 )  # fmt: skip
 PRETRAIN = replace(FIT, epochs=None, steps=1500)
 FULL = replace(FIT, epochs=None, steps=400, lr=1e-3, schedule="cosine")  # AugMix fine-tuning of the whole net
-TUNE = FULL  # robustify: the same pictures, batches and schedule
+TUNE = replace(FULL, steps=340, lr=2e-3)  # robustify: one picture and one mixture a step, instead of two mixtures
 METHOD = RobustifyConfig()
 BIG = ResNetConfig(
     block="basic", depths=(1, 1, 2, 8), width=16, stem="cifar", num_classes=10, image_size=(32, 32),

@@ -34,7 +34,7 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    gentle = skeleton(FIT)(epochs=3, lr=5e-4)  # recipes.robustify.TUNE
+    gentle = skeleton(FIT)(epochs=3, lr=1e-3)  # recipes.robustify.TUNE
     schema = with_options(Options, defaults={"fit": gentle}, method=METHOD, mixing=MIXING, fit=FIT)
     options = parse(schema, argv, prog="lynceus train robustify")
     import lynceus.data

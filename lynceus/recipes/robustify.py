@@ -53,14 +53,14 @@ class RobustifyConfig:
 
     tune: float = 2 / 12
     most: float = 0.25
-    norms: bool = False
+    norms: bool = True
     temperature: float = 2.0
     distil: float = 1.0
     uncertain: bool = True
     passes: int = 10
     dropout: float = 0.1
     head_lr: float = 1.0
-    norm_lr: float = 1.0
+    norm_lr: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("tune", "most"):
@@ -243,7 +243,7 @@ def _checked(teacher: Any, task: Classify, example: Tensor) -> nn.Module:
 
 
 # a few minutes' schedule: the tuned part is already good, so it moves gently
-TUNE = FitConfig(epochs=3, lr=5e-4, warmup=0.1)
+TUNE = FitConfig(epochs=3, lr=1e-3)
 
 
 def robustify(

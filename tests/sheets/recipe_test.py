@@ -53,7 +53,7 @@ MEMBERS = {
     "token labels, annotator": lambda: token_labels(annotator=True),
     "augmix": lambda: augmix(),
     "robustify": lambda: robustify(),
-    "robustify, norms": lambda: robustify("vit_nano", norms=True, uncertain=False),
+    "robustify, frozen norms": lambda: robustify("vit_nano", norms=False, uncertain=False),
 }
 
 
