@@ -618,8 +618,12 @@ def _compare(network: Network, call: nn.Module, name: str) -> None:
     with torch.no_grad():
         want, got = call(x), network(x)
     if not torch.isfinite(want).all():
+        with torch.no_grad():
+            values = network.values(x)
+        odd = next((n.layer for n, v in zip(network.nodes, values) if not torch.isfinite(v).all()), "?")
         raise AdviceError(
-            f"{name} gives {float(want[~torch.isfinite(want)][0])} on ordinary input; nothing can be proven."
+            f"{name} answers ordinary input with numbers that are not finite; they begin in the layer {odd!r}. Nothing "
+            "can be proven about it: look at its weights."
         )
     scale = 1 + float(want.abs().max())
     if want.shape != got.shape or float((want - got).abs().max()) > 1e-8 * scale:

@@ -211,7 +211,7 @@ def certified_radius(
     norm: float = math.inf,
     clip: tuple[float, float] | None = (0.0, 1.0),
     tolerance: Tensor | float = 0.0,
-    precision: float = 0.02,
+    precision: float = 0.05,
     trials: int = 12,
     until: float = math.inf,
 ) -> Float[Tensor, " b"]:
@@ -228,7 +228,7 @@ def certified_radius(
     high = torch.as_tensor(most, dtype=torch.float64).expand(len(images)).clone()
     top = high.clone()
     low_margin = (rows @ network(batch).unsqueeze(-1)).squeeze(-1).amin(1).cpu() - tolerance
-    high_margin = -2 * low_margin  # a guess: bounds lose the label well before an attack finds another
+    high_margin = -0.8 * low_margin  # a guess: bounds lose the label well before an attack finds another
     open_ = (low_margin > 0) & (high > 0)
     for trial in range(trials):
         if not bool(open_.any()):
@@ -243,7 +243,7 @@ def certified_radius(
         safe = least > 0
         low[at], low_margin[at] = torch.where(safe, eps, low[at]), torch.where(safe, least, low_margin[at])
         high[at], high_margin[at] = torch.where(safe, high[at], eps), torch.where(safe, high_margin[at], least)
-        open_ = open_ & (high - low > precision * top.clamp_min(1e-12) * 0.5)
+        open_ = open_ & (high - low > precision * top.clamp_min(1e-12))
     return low
 
 

@@ -119,6 +119,8 @@ def verify(
     check_goal(goal)
     if method not in METHODS:
         raise unknown("method", str(method), METHODS)
+    if engine not in ("own", "auto_lirpa"):
+        raise unknown("engine", str(engine), ("own", "auto_lirpa"))
     limits = (budget or Budget()).limits()
     query = ask(subject, x, dims=dims, step=step, count=count, clip=clip, label=label, network=network)
     here = query.x.double().flatten()[query.dims][None]
@@ -159,8 +161,6 @@ def _cells(out: Outcome) -> tuple[Tensor, Tensor]:
 def _bounder(query: Query, method: Method, engine: Engine, until: float) -> Bounder:
     if engine == "own":
         return own_bounder(query, method, until)
-    if engine != "auto_lirpa":
-        raise unknown("engine", str(engine), ("own", "auto_lirpa"))
     from lynceus.trust.lirpa import lirpa_bounder
 
     return lirpa_bounder(query, method)

@@ -1,8 +1,8 @@
 """Layer by layer: the same question asked at the input and then deeper, where one box stands for many.
 
-Safety Verification of Deep Neural Networks, CAV 2017, arXiv 1610.06940, sections 3 and 4. The region of layer k is a box
-that surely holds everything which the region of the input becomes there, so "safe" at layer k is "safe" at the input.
-The converse fails: a point of layer k may have no pre-image; it is pulled back and replayed, or said to be spurious.
+Safety Verification of Deep Neural Networks, CAV 2017, arXiv 1610.06940, sections 3 and 4. The region of layer k is a
+box that surely holds everything which the region of the input becomes there, so "safe" at layer k is "safe" at the
+input. The converse fails: a point of layer k may have no pre-image; it is pulled back and replayed, or said to be spurious.
 The manipulations of each layer (dimensions, step, count) follow the paper; their ladders are searched and reported, and
 the proof is of the whole box.
 """
@@ -70,8 +70,8 @@ def verify_layers(
     """`verify`, asked at the layers `first` to `last` (0 is the input) until one of them closes the question.
 
     Every layer gets an equal share of the time that is left. width: how many dimensions a layer's manipulations have.
-    Returns the verdict, whose `layer` says where it closed, and one row per layer: its manipulations, what their ladders
-    said, what the whole box said, and what became of a counterexample. Other arguments as in `verify`.
+    Returns the verdict, whose `layer` says where it closed, and one row per layer: its manipulations, what their
+    ladders said, what the whole box said, and what became of a counterexample. Other arguments as in `verify`.
     """
     start = time.perf_counter()
     limits = (budget or Budget()).limits()
@@ -271,7 +271,7 @@ def _ladder_query(inner: Query, ladder: _Ladder, steps: Tensor) -> Query:
 
 
 def _pulled(query: Query, at: int, activation: Tensor, until: float) -> Tensor | None:
-    """A float32 sample of the region whose activation comes near and that gets another class on the network, or None."""
+    """A float32 sample of the region whose activation comes near and that gets another class, replayed; or None."""
     seconds = min(10.0, until - time.perf_counter())
     if find_spec("z3") is None or seconds <= 0:
         return None

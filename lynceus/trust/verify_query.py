@@ -121,6 +121,11 @@ def ask(
 ) -> Query:
     """The query of `verify`; every mistake in it is an AdviceError, raised before any search."""
     x = torch.as_tensor(x).detach()
+    inner = subject.model if isinstance(subject, Subject) else subject
+    if isinstance(inner, nn.Module) and inner.training:
+        raise AdviceError(
+            "The model is in training mode: batch norm and dropout would change its answers. Call model.eval() first."
+        )
     shape = network.input_shape if network is not None else tuple(x.shape)
     if isinstance(subject, Subject) and network is None and x.ndim == 4 and len(x) == 1:
         shape = tuple(x.shape[1:])
