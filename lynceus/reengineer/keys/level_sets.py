@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 
+ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": F.gelu, "elu": F.elu}
 SOURCES: dict[str, tuple[Any, ...]] = {"authors": ()}
 
 _CONV = re.compile(r"(?:(?P<input>\d+)\s*->\s*)?(?P<out>\d+)\s+k(?P<k>\d+)(?:\s+s(?P<s>\d+))?(?:\s+p(?P<p>\d+))?$")
@@ -33,7 +34,7 @@ class Described(nn.Module):
         self.mean, self.std = _normalise(config.get("normalise"))
         for part in (p.strip() for p in str(config["network"]).split(",")):
             word, _, rest = part.partition(" ")
-            if word in ("relu", "flatten"):
+            if word == "flatten" or word in ACTIVATIONS:
                 self.order.append(word)
                 continue
             if f"{word}.weight" not in state:
@@ -47,7 +48,10 @@ class Described(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         for word in self.order:
-            x = F.relu(x) if word == "relu" else x.flatten(1) if word == "flatten" else self.get_submodule(word)(x)
+            if word in ACTIVATIONS:
+                x = ACTIVATIONS[word](x)
+            else:
+                x = x.flatten(1) if word == "flatten" else self.get_submodule(word)(x)
         return x * self.scale
 
 
@@ -118,9 +122,10 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str,
         out[f"l2_linf_to_target_after_{trace.step}"] = torch.stack([way.norm(dim=1), way.abs().amax(1)], 1)
     out["confidence"] = torch.stack([first.clean, *(t.confidence for t in first.traces)])
     if "triangle" in record["outputs"]:
+        steps = int(config.get("triangle_steps", 10))
         second = go(targets.roll(1, 0), [])
         out["triangle"] = _columns(
-            shape.triangle(model, sources, first.image, second.image, labels, kind="reference"),
+            shape.triangle(model, sources, first.image, second.image, labels, kind="reference", steps=steps),
             config["triangle_columns"],
         )
     return out
