@@ -338,7 +338,9 @@ def _draw(report: Report, check: Corrupted, run: _Run) -> None:
     top = run.severities[-1]
     one = slice(0, 1)
     pictures = [run.picture("clean", 0, 0, one)[0], *(run.picture(n, top, 0, one)[0] for n in run.names)]
-    report.figures[f"all at severity {top}.png"] = plots.image_grid(pictures, ["clean", *run.names], columns=5)
+    report.figures[f"all at severity {top}.png"] = plots.image_grid(
+        pictures, ["clean", *run.names], columns=4 if len(pictures) <= 16 else 5
+    )
 
 
 def _gallery(check: Corrupted, run: _Run, worst: str) -> bytes:
@@ -355,8 +357,8 @@ def _gallery(check: Corrupted, run: _Run, worst: str) -> bytes:
             x = run.picture(worst, severity, i, at)
             answer = int(run.answers(x, f"{worst} {severity}")[0])
             cells.append(x[0])
-            mark = "" if answer == true else "≠ "
-            captions.append(f"{severity}: {mark}{run.material.name(answer)}")
+            mark = "" if answer == true else ", wrong"
+            captions.append(f"{severity}{mark}: {run.material.name(answer)}")
     return plots.image_grid(cells, captions, columns=1 + len(run.severities))
 
 
