@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 
-ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": F.gelu, "elu": F.elu}
+ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": F.gelu, "elu": F.elu}
 SOURCES: dict[str, tuple[Any, ...]] = {"authors": ()}
 
 _CONV = re.compile(r"(?:(?P<input>\d+)\s*->\s*)?(?P<out>\d+)\s+k(?P<k>\d+)(?:\s+s(?P<s>\d+))?(?:\s+p(?P<p>\d+))?$")
