@@ -164,3 +164,16 @@ def test_every_section_names_a_check_with_the_options_that_it_is_given(name):
     kind = _load(SECTIONS[name].check)
     assert isinstance(kind(), Check)
     assert set(SECTIONS[name].options or {}) <= {f.name for f in fields(kind)}
+
+
+def test_the_certificate_of_crop_selection_stands_on_top():
+    from lynceus.core.types import Sample
+    from lynceus.rewrite.crop_selection import CropSelection
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    net.owns_pixels = True
+    images = (torch.rand(8, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    samples = [Sample(image=x, label=0, id=str(i)) for i, x in enumerate(images)]
+    report = TrustReport(only=("shift",), seconds=None)(Subject(CropSelection(input_size=24, view=32)(net)), samples)
+    assert report.summary["certified for shifts"] <= report.summary["unmoved by every shift of 1 px"]
