@@ -123,12 +123,10 @@ class Ball:
 
     def contains(self, x: Tensor) -> Tensor:
         """(b,) bool: is x, (b, *shape), in the ball and the clip? Computed in float64."""
-        difference = (x.to(torch.float64) - self.centre).flatten(1)
-        distance = difference.abs().amax(1) if self.norm == math.inf else difference.norm(dim=1)
-        inside = distance <= torch.as_tensor(self.eps)
-        if self.clip is not None:
-            inside &= ((x >= self.clip[0]) & (x <= self.clip[1])).flatten(1).all(1)
-        return inside
+        inside = self.box().contains(x)
+        if self.norm == math.inf:
+            return inside
+        return inside & ((x.to(torch.float64) - self.centre).flatten(1).norm(dim=1) <= torch.as_tensor(self.eps))
 
 
 Region = Box | Ball

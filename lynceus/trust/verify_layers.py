@@ -2,7 +2,7 @@
 
 Safety Verification of Deep Neural Networks, CAV 2017, arXiv 1610.06940, sections 3 and 4. The region of layer k is a
 box that surely holds everything which the region of the input becomes there, so "safe" at layer k is "safe" at the
-input. The converse fails: a point of layer k may have no pre-image; it is pulled back and replayed, or said to be spurious.
+input. The converse fails: a point of layer k may have no pre-image; it is pulled back and replayed, or called spurious.
 The manipulations of each layer (dimensions, step, count) follow the paper; their ladders are searched and reported, and
 the proof is of the whole box.
 """

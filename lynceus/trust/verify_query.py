@@ -187,7 +187,9 @@ def _grid(x: Tensor, step: float, count: int, clip: tuple[float, float] | None) 
         toward = torch.nextafter(points.float(), x.float()[:, None].expand_as(points)).double()
         points = torch.where((points - x[:, None]).abs() > offsets.abs()[None], toward, points)
     if clip is not None:
-        points, lower, upper = (v.clamp(*clip) for v in (points, lower, upper))
+        lower, upper = lower.clamp(*clip), upper.clamp(*clip)
+        ends = torch.tensor(clip, dtype=torch.float64)
+        points = points.clamp(float(_inward(ends, True)[0]), float(_inward(ends, False)[1]))
     return [p.unique() for p in points], lower, upper
 
 

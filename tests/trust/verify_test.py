@@ -197,7 +197,8 @@ def test_a_wedge_between_the_grid_points():
 
 
 def test_the_wedge_is_found_without_z3_too():
-    assert verify(Wedge().eval(), torch.zeros(2), step=0.1, count=3, clip=None, goal="region", solver=False).kind == "unsafe"
+    net, x = Wedge().eval(), torch.zeros(2)
+    assert verify(net, x, step=0.1, count=3, clip=None, goal="region", solver=False).kind == "unsafe"
 
 
 def test_a_safe_grid_becomes_a_safe_region_only_when_the_cells_are_proven():
@@ -364,7 +365,7 @@ def test_mistakes_are_errors_before_any_search():
         with pytest.raises(AdviceError, match=word):
             verify(net, x, **{"step": 0.1, **options})
     with pytest.raises(AdviceError, match="one sample"):
-        verify(net, torch.rand(2, 3), step=0.1)
+        verify(net, torch.rand(2, 3), step=0.1, network=trace(net, (3,)))
     with pytest.raises(AdviceError, match="training mode"):
         verify(nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2)), x, step=0.1)
     with pytest.raises(AdviceError, match=r"1 \(Tanh\)"):
@@ -384,7 +385,7 @@ def digits_subject():
 
 def digits_samples(count):
     _, _, x, y = digits8()
-    return [Sample(image=a.expand(3, 8, 8), label=int(b), id=f"digit {i}") for i, (a, b) in enumerate(zip(x[:count], y[:count]))]
+    return [Sample(image=x[i].expand(3, 8, 8), label=int(y[i]), id=f"digit {i}") for i in range(count)]
 
 
 def numbers(report):
