@@ -133,7 +133,7 @@ def test_options_of_the_ascent(net, options):
         (lambda s: AscentConfig(blur_every=1, blur=0.1), "at least 0.3"),
         (lambda s: AscentConfig(start="ones"), "start"),
         (lambda s: evolve(s, (2, 8, 8)), "1 or 3 channels"),
-        (lambda s: evolve(s, (1, 9, 8)), "fails on images"),
+        (lambda s: evolve(s, (1, 12, 12)), "fails on images"),
         (lambda s: evolve(s, DIGIT, "neat"), "encoding"),
         (lambda s: evolve(s, DIGIT, real=torch.rand(3, 1, 7, 7)), "equal shapes"),
         (lambda s: evolve(s, DIGIT, real=torch.rand(3, *DIGIT) * 255), r"\[0, 1\]"),
@@ -155,16 +155,18 @@ def test_a_model_that_has_learnt_nothing_is_refused():
     with pytest.raises(AdviceError, match="learnt nothing"):
         evolve(fresh, (3, 32, 32), "cppn", 2, 20, quiet=True)
     x, y, _, _ = digits8()
-    with pytest.raises(AdviceError, match="no better than chance"):
+    with pytest.raises(AdviceError, match="hardly better than chance"):
         evolve(fresh, (3, 8, 8), "cppn", 2, 20, real=x.expand(-1, 3, -1, -1), labels=y, quiet=True)
     assert evolve(fresh, (3, 32, 32), "cppn", 1, 20, untrained=True, quiet=True).rows
 
 
 def test_a_trained_backbone_with_an_untrained_head_is_refused(net):
-    body = nn.Sequential(*list(net.model.children())[:-1], nn.Linear(64, 10))
     x, y, _, _ = digits8()
-    with pytest.raises(AdviceError, match="no better than chance"):
-        evolve(grey(body), DIGIT, "cppn", 2, 20, real=x, labels=y, quiet=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        body = nn.Sequential(*list(net.model.children())[:-1], nn.Linear(64, 10))
+        with pytest.raises(AdviceError, match="hardly better than chance"):
+            evolve(grey(body), DIGIT, "cppn", 2, 20, real=x[:300], labels=y[:300], quiet=True)
 
 
 def test_budgets_are_kept_and_told(net, tmp_path):
@@ -325,5 +327,5 @@ def test_patterns_in_colour_fool_a_cifar_network(cifar10_parquet):
     assert report.summary["median_confidence"] >= 0.95
     torch.manual_seed(0)
     net[1].head = nn.Linear(128, 10)
-    with pytest.raises(AdviceError, match="no better than chance"):
+    with pytest.raises(AdviceError, match="hardly better than chance"):
         evolve(pixels_in(net), (3, 32, 32), "cppn", 200, 200, real=x, labels=y, quiet=True)
