@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, nargs="+", default=list(ITEMS), choices=list(ITEMS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--generations", type=int, default=100, help="of each search of the retraining")
+    parser.add_argument("--generations", type=int, default=30, help="of each search of the retraining")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     results: dict[str, Any] = {"environment": environment(0)}

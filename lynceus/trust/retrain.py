@@ -62,7 +62,7 @@ def retrain(
     rounds: int = 3,
     encoding: str | PixelConfig | PatternConfig = "pixels",
     grey: bool = False,
-    generations: int = 100,
+    generations: int = 30,
     population: int = 200,
     per_round: int = 1000,
     searches: int = 5,
@@ -77,6 +77,7 @@ def retrain(
     learn: (images, labels, classes, seed) -> model; `learner(make)` is one that uses `fit`. held_images, held_labels:
       real images that are never learnt from. per_round: fooling images of a round, from `searches` independent ones;
       one more search gives those that recall is measured on. keep: folder in which searches are kept.
+    generations: of every search. Long ones narrow down to a few images each, from which less is learnt.
     seconds: no further round begins after that.
 
     Returns a Report, a row per model: recall of the fooling class on images evolved against the model before it, by a
