@@ -162,8 +162,8 @@ def check_trained(
 ) -> tuple[int, int]:
     """How many classes the model has, and how many answers it took to see that it has learnt something.
 
-    Raises AdviceError when it has not: it names labelled images hardly better than chance or, without labels, answers much
-    the same for very different patterns."""
+    Raises AdviceError when it has not: it names labelled images hardly better than chance or, without labels, answers
+    much the same for very different patterns."""
     probes = Patterns(shape)
     images = probes.render(probes.initial(PROBES, rng.derive(0, "probes")))
     odds = judge(subject, images, crops=crops).cpu()
@@ -179,8 +179,8 @@ def check_trained(
         luck = max(3 * (chance * (1 - chance) / len(known)) ** 0.5, min(2 * chance, 0.2 * (1 - chance)))
         if right <= chance + luck:
             raise AdviceError(
-                f"{subject.name} names {100 * right:.0f}% of {len(known)} real images rightly, hardly better than chance: "
-                f"that it can be fooled would say nothing. {advice}"
+                f"{subject.name} names {100 * right:.0f}% of {len(known)} real images rightly, hardly better than "
+                f"chance: that it can be fooled would say nothing. {advice}"
             )
         return classes, (PROBES + len(known)) * views
     if (spread := float(odds.std(0).mean())) < SPREAD:
