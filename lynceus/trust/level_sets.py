@@ -109,7 +109,9 @@ class BlindSpots:
             )
         order = right[torch.randperm(len(right), generator=generator(seed, "sources"))]
         source = order[: self.images].sort().values
-        others = source if len(set(material.labels[source].tolist())) > 1 else torch.arange(len(material))
+        # a derangement of the sources, as in the paper, where there are enough for different targets
+        enough = len(source) >= 10 * self.targets and len(set(material.labels[source].tolist())) > 1
+        others = source if enough else torch.arange(len(material))
         return source, derangements(source, others, material.labels, self.targets, seed=seed)
 
     def _look(self, subject: Subject, data: Iterable[Sample]) -> Material:
