@@ -413,8 +413,10 @@ def _relaxed(low: Tensor, high: Tensor, leak: float) -> tuple[Tensor, Tensor, Te
     above."""
     on, off = low >= 0, high <= 0
     unstable = ~(on | off)
-    width = torch.where(unstable, high - low, torch.ones_like(high))
-    chord = torch.where(unstable, (high - leak * low) / width, torch.where(on, 1.0, leak))
+    one, least = torch.ones_like(low), torch.full_like(low, leak)  # bare numbers would be float32 here
+    chord = torch.where(
+        unstable, (high - leak * low) / torch.where(unstable, high - low, one), torch.where(on, one, least)
+    )
     above = torch.where(unstable, high - chord * high, torch.zeros_like(high))
-    below = torch.where(on | (unstable & (high > -low)), 1.0, leak)
-    return below.to(low.dtype), chord.to(low.dtype), above
+    below = torch.where(on | (unstable & (high > -low)), one, least)
+    return below, chord, above

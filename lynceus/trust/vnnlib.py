@@ -28,7 +28,8 @@ class _Whole(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Any = self.inner(self.subject.prepare(x))
-        return out.get("logits", out.get("out")) if isinstance(out, dict) else out  # type: ignore[no-any-return]
+        logits: Any = out.get("logits", out.get("out")) if isinstance(out, dict) else out
+        return logits  # type: ignore[no-any-return]
 
 
 def to_vnnlib(query: Query) -> str:
