@@ -46,8 +46,8 @@ def objects(
     """Pictures of size x size with one coloured glyph each; its class is the label, and all are equally many.
 
     rates: least and most share of the pixels. turn: at most this many degrees either way. centred: False puts it
-    anywhere inside. grounds: which of GROUNDS (or "night") to draw from. agree: this share of the pictures stands on the ground
-    whose position in `grounds` is that of the class (as many grounds as classes), the others on any.
+    anywhere inside. grounds: which of GROUNDS (or "night") to draw from. agree: this share of the pictures stands on
+    the ground whose position in `grounds` is that of the class (as many grounds as classes), the others on any.
     masks (1, h, w), boxes, classes. extra: "ground" (3, h, w) without the object, "family", "rate", "angle".
     """
     for name in grounds:

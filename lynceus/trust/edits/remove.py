@@ -155,7 +155,7 @@ def _best_move(
 ) -> tuple[int, int, np.ndarray] | None:
     """The move (rows, columns) whose picture fits the hole's ring best (up to a constant), and what it covers."""
     step = max(1, round(max(hole.shape) / SIDE))
-    grey = image.mean(2)
+    grey = (image[..., 0] + image[..., 1] + image[..., 2]) / 3
     if step > 1:
         grey, known_small, hole_small = _coarse(grey, known, hole, step)
     else:
@@ -229,8 +229,8 @@ def _misfit(image: np.ndarray, known: np.ndarray, at: tuple[np.ndarray, ...], ro
     good = known[r, c]
     if good.sum() < 0.5 * len(at[0]):
         return float("inf")
-    difference = image[at[0][fits][good], at[1][fits][good]] - image[r[good], c[good]]
-    return float(difference.var(0).mean())
+    here = image[at[0][fits][good], at[1][fits][good]]
+    return float((here - image[r[good], c[good]]).T.copy().var(1).mean())
 
 
 def _ring_mean(image: np.ndarray, hole: np.ndarray) -> np.ndarray:

@@ -26,9 +26,9 @@ def complexity(image: Float[np.ndarray, "c h w"] | UInt8[np.ndarray, "c h w"]) -
 def _mean_modulus(half: np.ndarray, width: int) -> float:
     """The mean over all frequencies from the half of them that a real image needs."""
     size = np.abs(half)
-    inner = size[..., 1 : (width + 1) // 2].sum(dtype=np.float64)  # columns that have a mirrored twin
-    whole = size.shape[0] * size.shape[1] * width
-    return float((size.sum(dtype=np.float64) + inner) / whole)
+    columns = size.sum((0, 1))
+    inner = columns[1 : (width + 1) // 2].sum()  # columns that have a mirrored twin
+    return float((columns.sum() + inner) / (size.shape[0] * size.shape[1] * width))
 
 
 def lowpass(image: Float[np.ndarray, "c h w"], limit: float) -> Float[np.ndarray, "c h w"]:
@@ -50,10 +50,12 @@ class Reached:
 
 def visible_complexity(image: UInt8[np.ndarray, "h w 3"], hidden: Bool[np.ndarray, "h w"] | None) -> float:
     """Complexity of what is not `hidden`: hidden pixels take the mean colour of the others first."""
-    pixels = image.astype(np.float32) / 255
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
     if hidden is not None and hidden.any() and not hidden.all():
-        pixels[hidden] = pixels[~hidden].mean(0)
-    return complexity(pixels.transpose(2, 0, 1))
+        seen = ~hidden
+        for plane in planes:
+            plane[hidden] = (plane * seen).sum() / seen.sum()
+    return complexity(planes)
 
 
 def change(
