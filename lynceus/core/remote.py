@@ -29,15 +29,25 @@ KEYS = ("logits", "scores", "probabilities")
 
 
 class Remote:
-    """Pixels (b, 3, h, w) in [0, 1] -> (b, k) of whatever numbers the service gives.
+    """Pixels (b, 3, h, w) in [0, 1] -> logits (b, k): the numbers that the service gives, or their logarithm.
 
     url: http:// or https://. timeout: seconds for one picture. workers: pictures that are asked about at once.
-    headers: sent with every request, such as {"Authorization": "Bearer ..."}.
+    probabilities: whether the numbers are probabilities, whose logarithm is given; None: seen from the first answer
+      (called "probabilities", or non-negative with a sum of 1). headers: sent with every request, such as
+      {"Authorization": "Bearer ..."}.
     Raises AdviceError, with the address and the cure, when the service cannot be reached, is too slow, answers with
     another status than 200, with more than 4 MB, or with something that is no row of numbers.
     """
 
-    def __init__(self, url: str, *, timeout: float = 10.0, workers: int = 4, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 10.0,
+        workers: int = 4,
+        probabilities: bool | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise AdviceError(f"{url!r} is no address of a service; give one like http://localhost:8000/predict.")
@@ -45,7 +55,7 @@ class Remote:
         self.headers = {"Content-Type": "image/png", "Accept": "application/json", **(headers or {})}
         self.host, self.port, self.secure = parts.hostname, parts.port, parts.scheme == "https"
         self.path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self.probabilities = False  # whether the last answer was called that
+        self.probabilities = probabilities
         self._local = threading.local()
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
@@ -58,7 +68,10 @@ class Remote:
                 f"{self.url} gives rows of different lengths ({lengths}); a classifier gives one number per class for "
                 "every picture."
             )
-        return torch.tensor(rows, dtype=torch.float32)
+        out = torch.tensor(rows, dtype=torch.float64)
+        if self.probabilities is None:
+            self.probabilities = bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())
+        return (out.clamp_min(torch.finfo(torch.float32).tiny).log() if self.probabilities else out).float()
 
     def _ask(self, png: bytes) -> list[float]:
         for attempt in (0, 1):  # a kept connection may have been closed by the other side
@@ -115,7 +128,8 @@ class Remote:
                 raise AdviceError(
                     f"{self.url} answers with the keys {sorted(value)[:6]}; one of {', '.join(KEYS)} is needed."
                 )
-            self.probabilities = key == "probabilities"
+            if self.probabilities is None:
+                self.probabilities = key == "probabilities"
             value = value[key]
             if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
                 value = value[0]
@@ -131,19 +145,11 @@ def served(
     probabilities: bool | None = None,
     timeout: float = 10.0,
     workers: int = 4,
-    side: int = 32,
+    headers: Mapping[str, str] | None = None,
 ) -> Subject:
-    """A subject that is known by its answers over HTTP alone.
-
-    probabilities: whether its numbers are probabilities; None looks at the answer to a grey square of `side` pixels
-    (called "probabilities", or non-negative with a sum of 1), which also tells whether the service is there.
-    Raises AdviceError: see Remote.
-    """
-    remote = Remote(url, timeout=timeout, workers=workers)
-    if probabilities is None:
-        row = remote(torch.full((1, 3, side, side), 0.5))[0].double()
-        probabilities = remote.probabilities or bool((row >= 0).all() and abs(float(row.sum()) - 1) < 1e-3)
-    return Subject(remote, name=url, classes=classes, needs_grad=False, probabilities=probabilities)
+    """A subject that is known by its answers over HTTP alone; see Remote. Nothing is sent before the first question."""
+    remote = Remote(url, timeout=timeout, workers=workers, probabilities=probabilities, headers=headers)
+    return Subject(remote, name=url, classes=classes, needs_grad=False)
 
 
 def _png(image: Tensor) -> bytes:

@@ -249,7 +249,7 @@ def _fitted(kind: Callable[..., Any], options: dict[str, Any], subject: Subject,
     """The check's report; a model of one fixed size gets its shifted views from pictures with repeated borders."""
     try:
         report: Report = kind(**options)(subject, images, seed=seed)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, AdviceError):
         if getattr(kind, "__name__", "") != "ShiftConsistency":
             raise
         side = tuple(collect(subject, images, limit=1).images.shape[-2:])

@@ -61,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda request, client: None  # those who hang up are part of the tests
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -86,9 +87,10 @@ def test_its_answers_are_the_models_in_order(address, images, path):
 
 
 def test_probabilities_become_logits(address, images):
-    subject = served(address + "/probabilities")
-    assert subject.probabilities
-    torch.testing.assert_close(subject(images), expected(images).log_softmax(1), atol=1e-5, rtol=1e-5)
+    for given in (None, True):
+        subject = served(address + "/probabilities", probabilities=given)
+        torch.testing.assert_close(subject(images), expected(images).log_softmax(1), atol=1e-5, rtol=1e-5)
+    assert examine(subject, images) == []
 
 
 @pytest.mark.parametrize(
@@ -103,16 +105,16 @@ def test_probabilities_become_logits(address, images):
         ("/large", "more than 4 MB"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_address(address, path, words):
+def test_what_is_wrong_is_said_with_the_address(address, images, path, words):
     with pytest.raises(AdviceError, match=words) as caught:
-        served(address + path)
+        served(address + path)(images)
     assert address in str(caught.value)
 
 
-def test_a_service_that_is_slow_or_not_there(address):
+def test_a_service_that_is_slow_or_not_there(address, images):
     with pytest.raises(AdviceError, match=r"within 0.3 seconds"):
-        served(address + "/slow", timeout=0.3)
+        served(address + "/slow", timeout=0.3)(images)
     with pytest.raises(AdviceError, match="Is the service running"):
-        served("http://127.0.0.1:9/predict", timeout=2)
+        served("http://127.0.0.1:9/predict", timeout=2)(images)
     with pytest.raises(AdviceError, match="no address"):
         Remote("localhost:8000/predict")
