@@ -95,6 +95,15 @@ def test_a_solved_game_has_proven_its_minimum(seed):
     assert any("was asked" in n for n in report.notes)
 
 
+def test_plays_that_look_after_every_pixel_solve_the_same_game():
+    image, table = nine(1, 0.1)
+    each = search(table, image, keypoints=ROWS, looks="each", width=1, tighten=False, budget_queries=10_000)
+    assert each.summary["solved"] == 1
+    assert each.summary["value"] == pytest.approx(brute_force(table.changed, "cooperative"), abs=1e-6)
+    with pytest.raises(AdviceError, match="looks"):
+        search(table, image, looks="some")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_values_come_to_the_optimum_from_below(seed):
     image, table = nine(seed, 0.08)
