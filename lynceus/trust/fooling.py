@@ -40,7 +40,6 @@ from lynceus.trust.retrain import learner as learner
 from lynceus.trust.retrain import retrain as retrain
 
 LEVELS = (0.99, 0.9999)
-EXAMINED = 12  # four images are shown three times, to see whether answers are sound
 PROBES = 64  # patterns that show whether a model has learnt anything
 SPREAD = 0.75  # least standard deviation of log odds over them; untrained networks stay below 0.6
 SHOWN = 40  # pictures in the gallery
@@ -91,9 +90,10 @@ def evolve(
     if real is not None and tuple(real.shape[1:]) != shape:
         raise AdviceError(f"The real images are {tuple(real.shape[1:])}, those to evolve {shape}; give equal shapes.")
     report = Report(name="fooling images", environment=environment(seed))
-    _examine(subject, shape, real, labels, report)
-    count, asked = check_trained(subject, shape, real, labels, crops=crops, untrained=untrained)
-    asked += EXAMINED + (0 if real is None else len(real) + (count if classes is None else len(classes)))
+    counted = _Counted(subject, name=subject.name, needs_grad=subject.needs_grad)
+    _examine(counted, shape, real, labels, report)
+    count = check_trained(counted, shape, real, labels, crops=crops, untrained=untrained)
+    asked = counted.asked + (0 if real is None else len(real) + (count if classes is None else len(classes)))
     run = search(
         subject,
         made,
@@ -122,6 +122,16 @@ def evolve(
             f"The budget of {run.stopped} ended the search after {run.generations} of {generations} generations."
         )
     return report
+
+
+class _Counted(Subject):
+    """Counts the images that it is asked about."""
+
+    asked = 0
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.asked += len(image)
+        return super().__call__(image)
 
 
 def _examine(
@@ -159,17 +169,17 @@ def check_trained(
     *,
     crops: int = 0,
     untrained: bool = False,
-) -> tuple[int, int]:
-    """How many classes the model has, and how many answers it took to see that it has learnt something.
+) -> int:
+    """How many classes the model has, once it is seen that it has learnt something.
 
     Raises AdviceError when it has not: it names labelled images hardly better than chance or, without labels, answers
     much the same for very different patterns."""
     probes = Patterns(shape)
     images = probes.render(probes.initial(PROBES, rng.derive(0, "probes")))
     odds = judge(subject, images, crops=crops).cpu()
-    classes, views = int(odds.shape[1]), 10 if crops else 1
+    classes = int(odds.shape[1])
     if untrained:
-        return classes, PROBES * views
+        return classes
     advice = "Train it first, or insist with untrained=True."
     known = None if labels is None or real is None else (labels >= 0).nonzero().flatten()
     if known is not None and real is not None and labels is not None and len(known) >= 20:
@@ -182,13 +192,13 @@ def check_trained(
                 f"{subject.name} names {100 * right:.0f}% of {len(known)} real images rightly, hardly better than "
                 f"chance: that it can be fooled would say nothing. {advice}"
             )
-        return classes, (PROBES + len(known)) * views
+        return classes
     if (spread := float(odds.std(0).mean())) < SPREAD:
         raise AdviceError(
             f"{subject.name} has learnt nothing yet, it seems: over {PROBES} very different patterns the log odds of "
             f"its classes vary by {spread:.2g} only (trained networks: by 2 and more). {advice}"
         )
-    return classes, PROBES * views
+    return classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +242,8 @@ class Fooling:
         if self.encoding not in ("cppn", "pixels", "ascent"):
             raise unknown("encoding", str(self.encoding), ("cppn", "pixels", "ascent"))
         needs = frozenset({"gradients"}) if self.encoding == "ascent" else self.needs
-        material = collect(subject, data, needs=needs, limit=self.limit, side=self.size)
+        seen = _Counted(subject, name=subject.name, needs_grad=subject.needs_grad)
+        material = collect(seen, data, needs=needs, limit=self.limit, side=self.size)
         theirs = getattr(data, "classes", None)
         matched = theirs is None or len(theirs) == material.classes
         labels = material.labels if matched and bool((material.labels >= 0).any()) else None
@@ -267,7 +278,7 @@ class Fooling:
                 goal=self.goal,
                 batch_size=self.batch_size,
                 seconds=left,
-                queries=None if self.queries is None else self.queries - EXAMINED - 1,
+                queries=None if self.queries is None else self.queries - seen.asked,
                 keep=self.keep,
                 untrained=self.untrained,
             )

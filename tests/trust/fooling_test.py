@@ -190,7 +190,7 @@ def test_evolution_goes_on_from_its_folder(net, tmp_path):
     x, y, _, _ = digits8()
     options = {"real": x[:50], "labels": y[:50], "quiet": True}
     whole = evolve(net, DIGIT, "cppn", 12, 40, 5, **options)
-    evolve(net, DIGIT, "cppn", 12, 40, 5, queries=64 + 12 + 50 + 60 + 40 * 6, keep=tmp_path, **options)
+    evolve(net, DIGIT, "cppn", 12, 40, 5, queries=64 + 16 + 50 + 60 + 40 * 7, keep=tmp_path, **options)
     rest = evolve(net, DIGIT, "cppn", 12, 40, 5, keep=tmp_path, **options)
     assert rest.rows == whole.rows
     for name, value in whole.arrays.items():
