@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,9 +118,9 @@ def audits(images: int = 300, *, nets: Iterable[str] = tuple(NETS)) -> list[dict
     return rows
 
 
-def photographs(count: int, side: int = 256) -> list[Sample]:
+def photographs(count: int, side: int = 256, *, folder: Path = PHOTOS) -> list[Sample]:
     """Photographs cut square, with GrabCut's masks of what stands in their middle."""
-    data = lynceus.data.open(PHOTOS)
+    data = lynceus.data.open(folder)
     out = []
     for sample in data:
         image = torch.from_numpy(fitted(pixels(sample.image), (side, side))).permute(2, 0, 1).contiguous()
@@ -196,9 +197,9 @@ def seam_accuracy(real: list[Tensor], edited: list[Tensor], *, steps: int = 600,
     return 50 * float(right[ty == 0].mean() + right[ty == 1].mean())
 
 
-def seams(count: int = 120, *, per: int = 24) -> list[dict[str, Any]]:
+def seams(count: int = 120, *, per: int = 24, folder: Path = PHOTOS) -> list[dict[str, Any]]:
     """Each object moved within its picture, blended or pasted; can a small net see the edge?"""
-    samples = photographs(count)
+    samples = photographs(count, folder=folder)
     rng = np.random.default_rng(0)
     real = [edge_patches(s, per, rng) for s in samples]
     rows = []
@@ -210,9 +211,9 @@ def seams(count: int = 120, *, per: int = 24) -> list[dict[str, Any]]:
     return rows
 
 
-def real(count: int = 50) -> list[dict[str, Any]]:
+def real(count: int = 50, *, folder: Path = PHOTOS) -> list[dict[str, Any]]:
     """Every standard edit of photographs (GrabCut's masks) and of the COCO panoptic sample; what was raised."""
-    samples = photographs(count)
+    samples = photographs(count, folder=folder)
     for file, masks in panoptic():
         samples.append(Sample(image=file, masks=masks, id="coco"))
     asked = [setting(t) for t in STANDARD if t not in ("background=adversarial", "background=random")]

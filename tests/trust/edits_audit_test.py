@@ -311,3 +311,29 @@ def test_coco_masks_serve_an_audit(tmp_path):
     report = audit(subject, data, ("position=random", "size=0.05"), quiet=True)
     assert report.summary["images"] == 8
     assert any("class of the edited mask" in n for n in report.notes)
+
+
+@pytest.mark.slow
+def test_audits_find_what_was_planted():
+    """Nets trained on generated scenes: on centred upright objects and one ground; on all varied; on grounds that go
+    with the classes."""
+    from bench.trust_edits import audits
+
+    narrow, varied, ground = audits()
+    for setting_ in ("size=0.05", "position=random", "direction=45", "background=random"):
+        assert narrow[f"{setting_} drop"] >= 20, narrow
+        assert varied[f"{setting_} drop"] <= 6, varied
+    assert narrow["identity drop"] <= 2
+    assert varied["identity drop"] <= 2
+    assert ground["background=random drop"] >= 30, ground
+    assert ground["size=0.05 drop"] <= 8, ground
+
+
+@pytest.mark.slow
+def test_photographs_are_edited_without_an_exception(imagenet_jpegs):
+    pytest.importorskip("cv2")
+    from bench.trust_edits import real
+
+    (row,) = real(50, folder=imagenet_jpegs[0].parent)
+    assert row["pictures"] >= 50
+    assert row["exceptions"] == 0, row
