@@ -29,7 +29,7 @@ class _Whole(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Any = self.inner(self.subject.prepare(x))
         logits: Any = out.get("logits", out.get("out")) if isinstance(out, dict) else out
-        return logits  # type: ignore[no-any-return]
+        return logits
 
 
 def to_vnnlib(query: Query) -> str:

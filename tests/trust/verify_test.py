@@ -1,5 +1,6 @@
 """Verdicts: equal to brute force, sound under fuzzing, replayed in float32 on the grid, in time, clear on mistakes."""
 
+import importlib.util
 import itertools
 import math
 import time
@@ -425,3 +426,37 @@ def test_a_verdict_is_true_only_when_safe():
     assert bool(Verdict(kind="safe", strength="grid", label=0))
     assert not Verdict(kind="unknown", strength="none", label=0)
     assert float(bounds(digits_mlp(0), Box(torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))).upper.max()) > 0
+
+
+def test_a_query_travels_as_onnx_and_vnnlib(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    from lynceus.trust.vnnlib import export_query
+
+    net, (_, _, x, _) = digits_mlp(0), digits8()
+    subject = Subject(net, mean=(0.1,), std=(0.5,))
+    model, text = export_query(subject, x[0], tmp_path, step=0.25, dims=[3, 9])
+    session = runtime.InferenceSession(str(model))
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x[:1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), subject(x[:1]), atol=1e-4, rtol=1e-4)
+    lines = text.read_text().splitlines()
+    low = [float(line.split()[-1].rstrip(")")) for line in lines if line.startswith("(assert (>= X_")]
+    high = [float(line.split()[-1].rstrip(")")) for line in lines if line.startswith("(assert (<= X_")]
+    flat = x[0].flatten().double()
+    for i, (a, b) in enumerate(zip(low, high)):
+        reach = 0.25 if i in (3, 9) else 0.0
+        assert a == max(0.0, float(flat[i]) - reach)
+        assert b == min(1.0, float(flat[i]) + reach)
+    label = int(subject(x[:1]).argmax())
+    assert sum(f"Y_{label}))" in line for line in lines) == 9
+    assert text.read_text().count("(") == text.read_text().count(")")
+
+
+def test_another_engine_is_asked_for_by_name():
+    if importlib.util.find_spec("auto_LiRPA") is None:
+        with pytest.raises(AdviceError, match="auto_LiRPA, which is not installed"):
+            verify(nn.Linear(2, 2).eval(), torch.zeros(2), step=0.1, engine="auto_lirpa", label=0, clip=None)
+        return
+    net, (_, _, x, _) = digits_mlp(0), digits8()
+    options = {"dims": largest(x[0], 6), "step": 0.2, "count": 2}
+    ours, theirs = (verify(net, x[0], engine=e, **options) for e in ("own", "auto_lirpa"))
+    assert ours.kind == theirs.kind
