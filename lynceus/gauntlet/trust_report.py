@@ -36,7 +36,7 @@ class Section:
     """One check of the report.
 
     title: of the section. check: "module:Class". weight: its share of the time. images: how many it looks at.
-    options: of the check. needs: of the model or data, beyond the check's own. numbers: keys of its summary that stand
+    options: of the check. asks: of the model or data, beyond the check's own. numbers: keys of its summary that stand
     on top of the whole report, with the names that they have there. say: a sentence for checks that give none.
     largest: parameters of a model above which the section is left out.
     """
@@ -46,7 +46,7 @@ class Section:
     weight: float
     images: int | None = None
     options: Mapping[str, Any] | None = None
-    needs: frozenset[str] = frozenset()
+    asks: frozenset[str] = frozenset()
     numbers: Mapping[str, str] | None = None
     say: str = ""
     largest: int | None = None
@@ -97,7 +97,7 @@ SECTIONS: dict[str, Section] = {
         weight=3,
         images=200,
         options={"quiet": True},
-        needs=frozenset({"masks"}),
+        asks=frozenset({"masks"}),
     ),
     "blind-spots": Section(
         title="Blind spots",
@@ -208,7 +208,7 @@ class TrustReport:
     def _lacking(self, section: Section, subject: Subject, have: frozenset[str]) -> str:
         """Why a section cannot run; nothing if it can."""
         kind = _load(section.check)
-        lacking = sorted((frozenset(kind.needs) | section.needs) - have)
+        lacking = sorted((frozenset(kind.needs) | section.asks) - have)
         words = {
             "gradients": f"{subject.name} gives no gradients (only its answers are known)",
             "features": f"{subject.name} gives no features",
