@@ -116,7 +116,7 @@ def test_the_distillation_is_a_weighted_divergence_times_the_square_of_the_tempe
 
 
 def test_the_loss_is_the_sum_of_its_parts():
-    recipe = Robustify(predictor(), predictor("convnext_nano", 1), RobustifyConfig(uncertain=False)).eval()
+    recipe = Robustify(predictor(), predictor("convnext_nano", 1), RobustifyConfig(uncertain=False, distil=1.0)).eval()
     data = digits(6)
     batch = recipe.augment(data.batch(range(6)), rng.generator(0))
     out = recipe(batch)
