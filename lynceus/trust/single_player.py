@@ -138,7 +138,7 @@ def sample_pixels(
     seed: int = 0,
     stop_at_first: bool = False,
 ) -> OnePlayer:
-    """Plays one player's games, `width` states at a time, until the oracle's budget ends; the oracle keeps what is found.
+    """Plays one player's games, `width` states at a time, until the budget ends; the oracle keeps what is found.
 
     visit: pixels per patch, None: 6 up to 48 pixels of side (and no more than a tenth of the image), else 100. spread:
     None: 15 at 224 pixels and above, in proportion below.
