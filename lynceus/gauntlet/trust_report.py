@@ -75,6 +75,8 @@ SECTIONS: dict[str, Section] = {
         weight=4,
         images=40,
         largest=SMALL,
+        options={"pixels": 6, "step": 0.05, "boxes": 300},
+        numbers={"safe": "proven, 6 pixels by 0.1", "median proven radius": "median proven radius"},
     ),
     "shift": Section(
         title="Moved by a pixel",
