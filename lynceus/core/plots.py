@@ -240,7 +240,7 @@ def image_grid(
         picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
         sheet.paste(picture, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
         if captions is not None:
-            text = captions[i]
+            text = captions[i].replace("→", ">")  # the font has no arrow
             while text and draw.textlength(text, font=font) > side:
                 text = text[:-2] + "…" if len(text) > 2 else ""
             draw.text((x + side / 2, y + side + 3), text, font=font, fill=(128, 134, 142, 255), anchor="ma")
