@@ -271,13 +271,13 @@ def small_net(seed: int) -> nn.Module:
     return net.eval()
 
 
-def campaign(instances: int) -> dict[str, Any]:
+def campaign(instances: int, first: int) -> dict[str, Any]:
     """Many small questions; nothing that was called safe may be contradicted, every counterexample must replay."""
     _, _, pictures, _ = digits8()
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     start = time.perf_counter()
-    for i in range(instances):
+    for i in range(first, first + instances):
         trained = i % 5 == 4
         net = digits_mlp(0) if trained else small_net(i)
         x = pictures[i % 360] if trained else torch.rand(1, 3, 3, generator=torch.Generator().manual_seed(i))
@@ -321,8 +321,8 @@ def campaign(instances: int) -> dict[str, Any]:
             attacked = pgd(subject, many, labels, epsilon=step, norm=norm, steps=60, seed=i)  # type: ignore[arg-type]
             if bool(attacked.success.any()):
                 wrong.append(f"{i} attacked")
-        if i % 100 == 99:
-            print(f"  {i + 1} instances, {len(wrong)} contradictions, {time.perf_counter() - start:.0f} s", flush=True)
+        if i % 50 == 49:
+            print(f"  up to {i + 1}, {len(wrong)} contradictions, {time.perf_counter() - start:.0f} s", flush=True)
     return {
         "instances": instances,
         "contradictions": wrong,
@@ -333,7 +333,7 @@ def campaign(instances: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the named parts and prints a JSON line for each."""
-    parts: dict[str, Callable[[int], dict[str, Any]]] = {
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "curve": lambda _: curve(),
         "z3": lambda _: z3(),
         "z3-digits": lambda _: z3_digits(),
@@ -342,15 +342,16 @@ def main() -> None:
         "cnn": lambda _: digits(digits_cnn(0), 40, 6, True),
         "budget": lambda _: budget(),
         "lirpa": lambda _: lirpa(),
-        "campaign": campaign,
+        "campaign": lambda options: campaign(options.instances, options.first),
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--instances", type=int, default=1200)
+    parser.add_argument("--first", type=int, default=0, help="the campaign's first instance, to run it in pieces")
     options = parser.parse_args()
     print(json.dumps(environment()))
     for name in options.parts or parts:
-        print(json.dumps({name: parts[name](options.instances)}), flush=True)
+        print(json.dumps({name: parts[name](options)}), flush=True)
 
 
 if __name__ == "__main__":

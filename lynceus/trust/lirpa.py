@@ -6,6 +6,7 @@ its source, since the wheel on the package index asks for an old torch.
 
 from __future__ import annotations
 
+import copy
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -22,22 +23,25 @@ from lynceus.trust.verify_search import Bounder
 NAMES = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN"}
 
 
-def lirpa_bounder(query: Query, method: Method) -> Bounder:
-    """Margins by auto_LiRPA on the float64 copy of the model; it gives no slopes here, so the widest side is split.
-
-    Raises MissingError when it is not installed, AdviceError when it cannot read the model."""
+def need() -> None:
+    """Raises MissingError when auto_LiRPA is not installed."""
     if find_spec("auto_LiRPA") is None:
         raise MissingError(
             'engine="auto_lirpa" needs auto_LiRPA, which is not installed: pip install '
             '"git+https://github.com/Verified-Intelligence/auto_LiRPA", or take engine="own".'
         )
+
+
+def lirpa_bounder(query: Query, method: Method) -> Bounder:
+    """Margins by auto_LiRPA on the float64 copy of the model; it gives no slopes here, so the widest side is split.
+
+    Raises MissingError when it is not installed, AdviceError when it cannot read the model."""
+    need()
     library: Any = import_module("auto_LiRPA")
     if isinstance(query.model, Subject):
         module: nn.Module = _whole(query.model)
     else:
         module = query.model
-    import copy
-
     module = copy.deepcopy(module).double().eval()
     try:
         bounded = library.BoundedModule(module, query.x.double()[None])

@@ -121,6 +121,10 @@ def verify(
         raise unknown("method", str(method), METHODS)
     if engine not in ("own", "auto_lirpa"):
         raise unknown("engine", str(engine), ("own", "auto_lirpa"))
+    if engine == "auto_lirpa":
+        from lynceus.trust.lirpa import need
+
+        need()
     limits = (budget or Budget()).limits()
     query = ask(subject, x, dims=dims, step=step, count=count, clip=clip, label=label, network=network)
     here = query.x.double().flatten()[query.dims][None]
