@@ -8,8 +8,8 @@ The big net gets a robust and a combined head beside its own. Per batch of clean
 cross-entropy of the clean head on x, of the robust head on x', of the combined head on both; and towards the teacher,
 at temperature 2, KL of the robust head on x' and of the combined head on both, each picture weighing exp(-entropy) of
 the teacher's mean answer under dropout. Only the last blocks, the heads and perhaps the norms learn.
-What it brings and costs beside full fine-tuning is measured by `python -m bench.trust_robustify`. There the rule answers
-with the robust head nearly always: the combined head, taught by the same teacher, is close to it.
+What it brings and costs beside full fine-tuning is measured by `python -m bench.trust_robustify`. There the rule nearly
+always takes the robust head: the combined one, taught by the same teacher, is close to it.
 """
 
 from __future__ import annotations
