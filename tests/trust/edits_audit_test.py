@@ -337,3 +337,13 @@ def test_photographs_are_edited_without_an_exception(imagenet_jpegs):
     (row,) = real(50, folder=imagenet_jpegs[0].parent)
     assert row["pictures"] >= 50
     assert row["exceptions"] == 0, row
+
+
+@pytest.mark.slow
+def test_a_net_that_looks_for_seams_sees_few(imagenet_jpegs):
+    pytest.importorskip("cv2")
+    from bench.trust_edits import seams
+
+    told = {row["blend"]: row["told apart %"] for row in seams(folder=imagenet_jpegs[0].parent)}
+    assert told["feather"] <= 65, told
+    assert told["paste"] >= 80, told

@@ -52,14 +52,22 @@ def compose(
 
 
 def feathered(mask: Bool[np.ndarray, "h w"], width: int = FEATHER) -> Float[np.ndarray, "h w"]:
-    """0 outside the mask, 1 at more than `width` pixels from its edge, even steps between. The frame is no edge."""
+    """0 outside the mask, 1 at more than `width` pixels from its edge, a smooth ramp between. The frame is no edge.
+
+    The ramp follows the mask blurred, which rounds the steps of a hard edge; objects thinner than it get even steps.
+    """
     padded = np.pad(mask, 1, mode="edge")
     depth = np.zeros(padded.shape, dtype=np.float32)
     outside = ~padded
     for _ in range(width + 1):
         depth += ~outside
         outside = _wider(outside)
-    alpha: np.ndarray = depth[1:-1, 1:-1] / (width + 1)
+    steps: np.ndarray = depth[1:-1, 1:-1] / (width + 1)
+    deep = steps == 1
+    if width == 0 or not deep.any():
+        return steps
+    soft = ndimage.gaussian_filter(mask.astype(np.float32), width / 2, mode="nearest")
+    alpha: np.ndarray = np.where(deep, np.float32(1), (2 * soft - 1).clip(0, 1) * mask)
     return alpha
 
 
