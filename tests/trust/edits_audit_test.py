@@ -66,7 +66,7 @@ def surroundings(image):
 def test_drops_are_net_of_what_editing_itself_costs():
     def seams(image):  # sees nothing but that the square's edge is no longer hard
         jump = (image[..., 8, 16] - image[..., 9, 16]).abs().mean(1)
-        return torch.stack([jump - 0.5, 0.5 - jump], 1)
+        return torch.stack([jump - 0.65, 0.65 - jump], 1)
 
     samples = [replace(s, label=0) for s in spots()]
     report = audit(seams, samples, ("angle=360", "background=plain"), quiet=True)
