@@ -74,14 +74,15 @@ def replays(net, x, verdict, dims, step, count, clip):
     return True
 
 
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("half", [0.1, 0.3, 0.5])
-def test_the_curve_agrees_with_brute_force_on_every_point(half):
+def test_the_curve_agrees_with_brute_force_on_every_point(half, every):
     net, (points, truth) = curve_net(0), curve_points(200, 7)
     with torch.no_grad():
         assert float((net(points).argmax(1) == truth).float().mean()) > 0.98
     network = trace(net, (2,))
     one = 0
-    for x in points[:: 1 if half == 0.3 else 4]:
+    for x in points[::every]:
         verdict = verify(net, x, step=half / 5, count=5, clip=CIRCLE, network=network)
         assert (verdict.kind == "safe") == brute(net, x, (0, 1), half / 5, 5, CIRCLE)
         assert verdict.kind != "unknown"
@@ -95,7 +96,7 @@ def test_z3_says_the_same_of_pruned_and_whole_boxes():
     pytest.importorskip("z3")
     net, (points, _) = curve_net(0), curve_points(200, 7)
     network = trace(net, (2,))
-    for x in points[:5]:
+    for x in points[:3]:
         query = ask(net, x, dims=None, step=0.1, count=1, clip=None, label=None, network=network)
         box = query.box(query.lower[None], query.upper[None])
         pruned, _ = solve_box(network, box, query.rows, tolerance=query.tolerance)
@@ -154,7 +155,7 @@ def test_twelve_pixels_leave_nothing_unknown_and_every_witness_replays():
     net, (_, _, x, _) = digits_mlp(0), digits8()
     network = trace(net, (1, 8, 8))
     kinds = Counter()
-    for image in x[:60]:
+    for image in x[:40]:
         dims = largest(image, 12).tolist()
         verdict = verify(net, image, dims=dims, step=0.25, count=2, network=network)
         kinds[verdict.kind] += 1
@@ -168,7 +169,7 @@ def test_twelve_pixels_leave_nothing_unknown_and_every_witness_replays():
     assert kinds["unsafe"] > 10
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_digits_cnn_agrees_with_brute_force(count):
     net, (_, _, x, _) = digits_cnn(0), digits8()
     network = trace(net, (1, 8, 8))
@@ -219,7 +220,7 @@ def random_net(seed):
     return conv.eval(), (1, 5, 5)
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_fuzzing_never_contradicts_a_verdict(count):
     kinds = Counter()
     for seed in range(count):
@@ -325,7 +326,7 @@ def test_radius_is_bracketed_and_its_witness_replays():
 
 
 def test_layers_close_at_the_input_or_deeper_and_never_against_brute_force():
-    net, (points, _) = curve_net(0), curve_points(24, 7)
+    net, (points, _) = curve_net(0), curve_points(12, 7)
     network = trace(net, (2,))
     assert len(cuts(network)) == 2
     closed = Counter()
@@ -346,8 +347,8 @@ def test_layers_close_at_the_input_or_deeper_and_never_against_brute_force():
             assert rows[0]["step"] >= 0
             assert rows[0]["dims"] <= 8
     assert closed[0, "unknown"] == 0
-    assert closed[1, "safe"] > 5
-    assert closed[2, "safe"] > 3
+    assert closed[1, "safe"] > 2
+    assert closed[2, "safe"] > 2
 
 
 def test_mistakes_are_errors_before_any_search():
