@@ -18,8 +18,8 @@ FLOORS = {
     "trust": 5,
     "explain": 5,
     "search": 5,
-    "reengineer": 5,
     "gauntlet": 6,
+    "reengineer": 6,
     "serve": 6,
     "cli": 7,
 }

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.trust import bounds
+from lynceus.trust.bounds_graph import trace
 
 SOURCES: dict[str, tuple[Any, ...]] = {"authors": ()}
-METHODS = {"IBP": "ibp", "CROWN-IBP": "crown-ibp", "CROWN": "crown"}
+METHODS: dict[str, bounds.Method] = {"IBP": "ibp", "CROWN-IBP": "crown-ibp", "CROWN": "crown"}
 _PLAIN = {"relu": nn.ReLU, "flatten": nn.Flatten, "identity": nn.Identity}
 _TOKEN = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?")
 _LETTERS = {"k": "kernel_size", "s": "stride", "p": "padding", "d": "dilation", "g": "groups"}
@@ -67,9 +68,6 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
     """Logits, and for each method the bounds of every logit and of the margins of the predicted class."""
-    # rooms of one floor do not import each other: the room under test is looked up by name, as parity does
-    bounds = import_module("lynceus.trust.bounds")
-    trace = import_module("lynceus.trust.bounds_graph").trace
     config = record["config"]
     (x,) = inputs.values()
     norm = (

@@ -10,8 +10,8 @@ import numpy as np
 
 from lynceus.reengineer.filling import fingerprint, image, picks
 from lynceus.reengineer.parity import Row
-from lynceus.trust.edits.spectrum import complexity, lowpass
 from lynceus.trust.edits.geometry import box_and_rate, largest_scene, rescale_scene
+from lynceus.trust.edits.spectrum import complexity, lowpass
 
 LEVELS, PIXELS, RATE, RELATIVE = 2.0, 1.0, 0.002, 1e-6
 CUTOFFS = (0.05, 0.1, 0.25)  # cycles per pixel

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from lynceus.core.errors import AdviceError
 from lynceus.reengineer import parity
+from lynceus.trust import evolution as operators
 
 TOLERANCE = 1e-5  # the authors' operators were run in float32
 
 
 def check(record: Mapping[str, Any]) -> list[parity.Row]:
     """Crossover of the two parents of each row at draws[:, 0], mutation of the first at draws[:, 1]."""
-    operators: Any = import_module("lynceus.trust.evolution")  # rooms of one floor meet by name, as in the tables
     config = record["config"]
     low, high = (float(v) for v in config.get("range", (0, 1)))
     transform = str(config.get("transform", ""))

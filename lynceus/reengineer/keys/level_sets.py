@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
+from lynceus.trust import level_shape as shape
+from lynceus.trust import walks
 
-ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": F.gelu, "elu": F.elu}
+ACTIVATIONS: dict[str, Any] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "elu": F.elu,
+}
 SOURCES: dict[str, tuple[Any, ...]] = {"authors": ()}
 
 _CONV = re.compile(r"(?:(?P<input>\d+)\s*->\s*)?(?P<out>\d+)\s+k(?P<k>\d+)(?:\s+s(?P<s>\d+))?(?:\s+p(?P<p>\d+))?$")
@@ -89,8 +96,6 @@ def build(config: Mapping[str, Any], record: Mapping[str, Any]) -> nn.Module:
 
 def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Tensor]:
     """Images, distances and confidences after the recorded iterations, and the triangle's columns."""
-    walks: Any = import_module("lynceus.trust.walks")  # rooms of one floor meet by name, as in the tables
-    shape: Any = import_module("lynceus.trust.level_shape")
     config = record["config"]
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,6 +19,9 @@ from lynceus.core.errors import AdviceError
 from lynceus.core.rules import Rule
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
+from lynceus.explain.describe.captioner import Captioner, CaptionerConfig
+from lynceus.explain.describe.exemplars import exemplars
+from lynceus.explain.describe.pyramid import PyramidEncoder
 
 SOURCES: dict[str, tuple[Rule, ...]] = {
     "authors": (
@@ -43,24 +45,16 @@ SIMPLE: dict[str, type[nn.Module]] = {
 }
 
 
-def _room(name: str) -> Any:
-    """A module of the room under test: rooms of one floor meet by name."""
-    return import_module(f"lynceus.explain.describe.{name}")
-
-
 def build(config: Mapping[str, Any], record: Mapping[str, Any]) -> nn.Module:
     """A small network from its text, a PyramidEncoder, or a Captioner."""
     state = record["state"]
     if "network" in config:
         return network(str(config["network"]), int(config.get("channels", 0)), state)
     if "backbone" in config:
-        encoder: nn.Module = _room("pyramid").PyramidEncoder(
-            _backbone(str(config["backbone"])), tuple(config["layers"])
-        )
+        encoder: nn.Module = PyramidEncoder(_backbone(str(config["backbone"])), tuple(config["layers"]))
         return encoder
-    captioner = _room("captioner")
-    model: nn.Module = captioner.Captioner(
-        captioner.CaptionerConfig(
+    model: nn.Module = Captioner(
+        CaptionerConfig(
             vocabulary=int(config["vocabulary"]),
             feature_size=int(config["feature_size"]),
             embedding=int(config["embedding"]),
@@ -157,7 +151,7 @@ def _exemplars(model: nn.Module, inputs: Mapping[str, Tensor], config: Mapping[s
     named = re.search(r"recorded layer is (\w+)", str(config["network"]))
     names = [n for n, _ in model.named_children()]
     layer = named.group(1) if named and named.group(1) in names else names[-1]
-    found = _room("exemplars").exemplars(
+    found = exemplars(
         Subject(_Pixels(model)),
         f"layers.{layer}",
         [Sample(image=x) for x in pictures],

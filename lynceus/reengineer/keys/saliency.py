@@ -7,7 +7,6 @@ col, size and response. Owners are counted from 1, -1 where every density underf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from lynceus.core.errors import AdviceError
 from lynceus.reengineer.filling import fingerprint
 from lynceus.reengineer.parity import Row, compare_outputs
+from lynceus.trust import keypoints as points
 
 NAMES = ("row", "col", "size", "response")
 EQUAL = (0.0, "equal")
@@ -23,7 +23,6 @@ CLOSE = 1e-12  # of 1, the sum of a saliency
 
 def check(record: Mapping[str, Any]) -> list[Row]:
     """saliency (h, w), owner (h, w), pixels_per_feature (keypoints + 1: the last counts pixels of nobody)."""
-    points = import_module("lynceus.trust.keypoints")  # one floor: found by name, as every family is
     config = record["config"]
     try:
         size = (int(config["height"]), int(config["width"]))
