@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.subject import Subject
+from lynceus.trust.bounds_fuse import fused as fused
 from lynceus.trust.bounds_ops import (
     Concatenate,
     Convolution,
@@ -41,8 +41,8 @@ from lynceus.trust.bounds_ops import (
     Winner,
     Winners,
 )
+from lynceus.trust.bounds_record import BATCH, Constant, record
 
-BATCH = 3  # of the recording
 KNOWN = (
     "linear, convolution, batch norm in eval mode, ReLU, leaky ReLU, ReLU6, clamp, abs, average, adaptive average and "
     "max pooling, add, sub, products with constants, concatenation, padding, resizing, views, dropout in eval mode"
@@ -51,10 +51,6 @@ aten = torch.ops.aten
 
 # shape-keeping steps that are nothing here
 _SAME = {"alias", "detach", "clone", "contiguous", "_to_copy", "lift_fresh", "positive"}
-# what these give does not depend on the numbers they are given
-_EMPTY = {f"{a}_like" for a in ("zeros", "ones", "full", "empty")} | {
-    f"new_{a}" for a in ("zeros", "ones", "full", "empty")
-}
 # one sample's numbers in another shape
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "squeeze_"}
 # weights >= 0, told by the operator itself: name -> every output is an input of its own (or a constant)
@@ -93,7 +89,7 @@ def trace(model: Subject | nn.Module | Network, shape: Sequence[int], *, fuse: b
     if isinstance(model, Network):
         return model
     call, name = _double(model)
-    graph = _record(call, tuple(shape), name)
+    graph = record(call, tuple(shape), name)
     network = _lower(graph, name)
     _compare(network, call, name)
     return fused(network) if fuse else network
@@ -119,118 +115,6 @@ def _double(model: Any) -> tuple[Any, str]:
             return out.get("logits", out.get("out")) if isinstance(out, dict) else out
 
     return Whole(), str(name)
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes every operator that depends on the input onto a torch.fx graph; what does not is simply computed."""
-
-    def __init__(self, x: Tensor):
-        super().__init__()
-        self.graph = torch.fx.Graph()
-        self.known: dict[int, torch.fx.Node] = {}
-        self.alive: list[Tensor] = []  # so that no id is used twice
-        self.layers: list[str] = []
-        self._note(x, self.graph.placeholder("x"))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True imports the compiler, which takes seconds
-
-    def _note(self, value: Tensor, node: torch.fx.Node) -> None:
-        node.meta.update(shape=tuple(value.shape), layer=self.layers[-1] if self.layers else "")
-        self.known[id(value)] = node
-        self.alive.append(value)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        reads = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        if not any(id(a) in self.known for a in reads):
-            return func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if name in _EMPTY:
-            return func(*args, **kwargs)
-        if name == "_local_scalar_dense":
-            raise AdviceError(
-                f"{self._where()} reads a number from its input while it runs (a branch on values); "
-                "bounds hold for networks whose steps are fixed."
-            )
-        swap = lambda a: self.known.get(id(a), a) if isinstance(a, Tensor) else a  # noqa: E731
-        node = self.graph.create_node(
-            "call_function",
-            func,
-            _tree(swap, args),
-            _tree(swap, kwargs),
-        )
-        out = func(*args, **kwargs)
-        first = out[0] if isinstance(out, (tuple, list)) else out
-        node.meta["name"] = name
-        if isinstance(first, Tensor):
-            self._note(first, node)
-        if isinstance(out, (tuple, list)) and name in ("split", "split_with_sizes", "chunk", "unbind"):
-            for i, part in enumerate(out):
-                item = self.graph.create_node("call_function", _item, (node, i))
-                item.meta["name"] = "item"
-                self._note(part, item)
-        return out
-
-    def _where(self) -> str:
-        return f"Layer {self.layers[-1]!r}" if self.layers else "The network"
-
-
-def _item(parts: Sequence[Tensor], index: int) -> Tensor:
-    return parts[index]
-
-
-def _tree(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` on every leaf; constants stay tensors, so the graph is for reading and not for code generation."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_tree(function, v) for v in value)
-    if isinstance(value, dict):
-        return {k: _tree(function, v) for k, v in value.items()}
-    got = function(value)
-    return _Constant(got) if isinstance(got, Tensor) else got
-
-
-class _Constant:
-    """A tensor that does not depend on the input, as an argument of the graph."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"constant{tuple(self.value.shape)}"
-
-
-def _record(call: nn.Module, shape: Shape, name: str) -> torch.fx.Graph:
-    """The steps of one forward pass on `BATCH` samples that depend on the input."""
-    device = next((p.device for p in call.parameters()), torch.device("cpu"))
-    x = torch.rand(BATCH, *shape, dtype=torch.float64, device=device)
-    recorder = _Recorder(x)
-    hooks = []
-    for path, module in call.get_submodule("model").named_modules():
-        label = f"{path or 'model'} ({type(module).__name__})"
-        hooks.append(module.register_forward_pre_hook(lambda *_, label=label: recorder.layers.append(label)))
-        hooks.append(module.register_forward_hook(lambda *_: recorder.layers.pop() and None))
-    try:
-        with recorder:
-            out = call(x)
-    except RuntimeError as error:
-        if isinstance(error, AdviceError):
-            raise
-        raise AdviceError(
-            f"{name} does not take samples of shape {shape} ({str(error).splitlines()[0]}); give the shape of one "
-            "sample without the batch axis, as the model wants it."
-        ) from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != BATCH:
-        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise AdviceError(f"Bounds are for classifiers that give logits (b, k); {name} gave {found}.")
-    if id(out) not in recorder.known:
-        raise AdviceError(f"The output of {name} does not depend on its input, so there is nothing to bound.")
-    recorder.graph.output(recorder.known[id(out)])
-    return recorder.graph
 
 
 def _lower(graph: torch.fx.Graph, name: str) -> Network:
@@ -581,7 +465,7 @@ def _values(value: Any) -> Any:
 
 
 def _each(value: Any) -> Any:
-    if isinstance(value, _Constant):
+    if isinstance(value, Constant):
         return value.value
     if isinstance(value, (tuple, list)):
         return [_each(v) for v in value]
@@ -631,59 +515,3 @@ def _compare(network: Network, call: nn.Module, name: str) -> None:
             f"{name} does more than bounds can see (its recorded steps give other outputs, gap "
             f"{float((want - got).abs().max()):.3g}): values written in place, or branches on the batch size."
         )
-
-
-LARGE = 1 << 20  # entries of a matrix that affine operators are fused into
-
-
-def fused(network: Network) -> Network:
-    """Runs of affine operators as one matrix each, where it stays below `LARGE` entries."""
-    nodes = network.nodes
-    readers = [0] * len(nodes)
-    for node in nodes:
-        for i in node.inputs:
-            readers[i] += 1
-    chain: dict[int, tuple[int, list[int]]] = {}  # node -> where its run of affine operators starts, and the run
-    for index, node in enumerate(nodes):
-        if isinstance(node.op, (Dense, Convolution, Scale, Rearrange, View)):
-            before = node.inputs[0]
-            start, run = chain[before] if before in chain and readers[before] == 1 else (before, [])
-            if nodes[start].size * node.size > LARGE:
-                start, run = before, []
-            chain[index] = (start, [*run, index])
-    inner = {i for _, run in chain.values() for i in run[:-1]}
-    place: dict[int, int] = {}
-    out: list[Node] = []
-    for index, node in enumerate(nodes):
-        if index in inner:
-            continue
-        start, run = chain.get(index, (-1, [index]))
-        joined: Operator | None = None
-        if len(run) > 1 and all(isinstance(nodes[i].op, View) for i in run):
-            joined = View(nodes[start].shape, node.shape)
-        elif index in chain and nodes[start].size * node.size <= LARGE and _worth(nodes, run):
-            joined = _matrix(network, start, run)
-        if joined is not None:
-            place[index] = len(out)
-            out.append(Node(op=joined, inputs=(place[start],), shape=node.shape, layer=node.layer))
-            continue
-        for i in run:
-            place[i] = len(out)
-            inputs = tuple(place[j] for j in nodes[i].inputs)
-            out.append(Node(op=nodes[i].op, inputs=inputs, shape=nodes[i].shape, layer=nodes[i].layer))
-    return Network(nodes=out, name=network.name, device=network.device)
-
-
-def _worth(nodes: Sequence[Node], run: Sequence[int]) -> bool:
-    """A matrix is better than a single step that only picks or scales."""
-    return any(isinstance(nodes[i].op, (Dense, Convolution)) for i in run)
-
-
-def _matrix(network: Network, start: int, run: Sequence[int]) -> Dense:
-    source, target = network.nodes[start], network.nodes[run[-1]]
-    eye = torch.eye(source.size, dtype=torch.float64, device=network.device).reshape(source.size, *source.shape)
-    x = torch.cat([eye, torch.zeros_like(eye[:1])])
-    for index in run:
-        x = network.nodes[index].op.run(x)
-    flat = x.reshape(len(x), -1)
-    return Dense((flat[:-1] - flat[-1:]).T.contiguous(), flat[-1].clone(), flat=(source.shape, target.shape))
