@@ -16,6 +16,7 @@ ALONE = (
     "data",
     "train",
     "reengineer",
+    "trust_verify",
 )  # minutes each
 IMAGES = (
     "crop_selection",
@@ -24,6 +25,13 @@ IMAGES = (
     "scaling",
     "convnext_ladder",
     "small_data",
+    "trust_attacks",
+    "trust_corrupt",
+    "trust_edits",
+    "trust_fooling",
+    "trust_game",
+    "trust_level_sets",
+    "trust_robustify",
 )  # $LYNCEUS_TEST_DATA; up to an hour each
 
 

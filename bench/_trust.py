@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import tempfile
 import time
@@ -109,11 +110,10 @@ def cifar(count: int = 10_000, start: int = 0) -> tuple[Tensor, Tensor]:
 def cifar_cnn(*, width: int = 32, seconds: float = 240.0, seed: int = 0) -> nn.Module:
     """A plain CNN (four 3x3 convolutions) on pixels in [0, 1], trained on 40,000 pictures for some processor seconds.
 
-    Kept in a folder of the temporary files; a change of this file or of the options trains it anew."""
-    net = nn.Sequential(Centre(), ConvNet(width, 10, pooled=True))
-    key = hashlib.blake2b(
-        Path(__file__).read_bytes() + repr((width, seconds, seed)).encode(), digest_size=6
-    ).hexdigest()
+    Kept in a folder of the temporary files; a change of this function, the net or the options trains it anew."""
+    net = Centred(width)
+    recipe = inspect.getsource(cifar_cnn) + inspect.getsource(ConvNet) + repr((width, seconds, seed))
+    key = hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()
     path = KEPT / f"cifar-cnn-{key}.safetensors"
     if path.is_file():
         net.load_state_dict(load_file(path))
@@ -121,7 +121,7 @@ def cifar_cnn(*, width: int = 32, seconds: float = 240.0, seed: int = 0) -> nn.M
     x, y = cifar(40_000)
     draw = generator(seed, "cifar cnn")
     with borrowed(seed, "cifar cnn"):
-        net = nn.Sequential(Centre(), ConvNet(width, 10, pooled=True))
+        net = Centred(width)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.02)
     start = time.process_time()
     while (done := (time.process_time() - start) / seconds) < 1:
@@ -141,6 +141,15 @@ def cifar_cnn(*, width: int = 32, seconds: float = 240.0, seed: int = 0) -> nn.M
     save_file(net.state_dict(), part_file)
     os.replace(part_file, path)
     return net.eval()
+
+
+class Centred(nn.Sequential):
+    """The CNN of CIFAR-10 on pixels in [0, 1], which it brings to about zero mean and unit variance itself."""
+
+    owns_pixels = True
+
+    def __init__(self, width: int):
+        super().__init__(Centre(), ConvNet(width, 10, pooled=True))
 
 
 class Centre(nn.Module):
