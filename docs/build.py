@@ -28,7 +28,7 @@ def state(modules: list[str]) -> str:
 
 def _stands(module: str) -> bool:
     path = ROOT / "lynceus" / module
-    return path.parent.is_dir() and bool(list(path.parent.glob(path.name + ".py")))
+    return bool([*path.parent.glob(f"{path.name}.py"), *path.parent.glob(f"{path.name}/__init__.py")])
 
 
 def rows() -> list[dict]:
