@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,33 +103,45 @@ def _sample(x: Tensor, across: Tensor, down: Tensor, *, mirror: bool) -> Tensor:
 
 
 def pixelate(x: Tensor, share: float) -> Tensor:
-    """Box-averaged down to a share of the side, and up again, by Pillow. x: (b, 3, h, w) uint8."""
+    """Box-averaged down to a share of the side by Pillow, and up again. x: (b, 3, h, w) uint8.
+
+    Up, Pillow's box holds one pixel: whole rows and columns are repeated.
+    """
     from PIL.Image import Resampling
 
     h, w = x.shape[-2:]
-    small = (max(1, int(w * share)), max(1, int(h * share)))
-    return _each(x, lambda image: image.resize(small, Resampling.BOX).resize((w, h), Resampling.BOX))
+    high, wide = max(1, int(h * share)), max(1, int(w * share))
+    small = _each(x, lambda image: image.resize((wide, high), Resampling.BOX), (high, wide)).numpy()
+    return torch.from_numpy(small.take(_nearest(wide, w), 3).take(_nearest(high, h), 2)).to(x.device)
+
+
+@lru_cache(maxsize=64)
+def _nearest(small: int, large: int) -> np.ndarray:
+    """The small pixel that each of the large ones lies in."""
+    return ((np.arange(large) + 0.5) * (small / large)).astype(np.int64)
 
 
 def jpeg_compression(x: Tensor, quality: int) -> Tensor:
     """Written as JPEG and read again, by Pillow. x: (b, 3, h, w) uint8."""
     from PIL import Image
 
+    h, w = x.shape[-2:]
+
     def through(image: Any) -> Any:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
-        return Image.open(file)
+        return Image.frombytes("RGB", (w, h), file.getvalue(), "jpeg", "RGB", "")  # size and mode are known: no headers
 
-    return _each(x, through)
+    return _each(x, through, (h, w)).to(x.device)
 
 
-def _each(x: Tensor, change: Callable[[Any], Any]) -> Tensor:
-    """Every picture of a batch as a PIL image, changed."""
+def _each(x: Tensor, change: Callable[[Any], Any], size: tuple[int, int]) -> Tensor:
+    """Every picture of a batch as a PIL image, changed to one of `size` (height, width); on the CPU."""
     from PIL import Image
 
-    out = np.empty(x.shape, dtype=np.uint8)
+    out = np.empty((*x.shape[:2], *size), dtype=np.uint8)
     for planes, picture in zip(out, x.cpu().numpy()):
         image = change(Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(p)) for p in picture]))
-        for plane, band in zip(planes, image.split()):
-            plane[...] = np.asarray(band)
-    return torch.from_numpy(out).to(x.device)
+        for plane, band in zip(planes, "RGB"):
+            plane[...] = np.frombuffer(image.tobytes("raw", band), dtype=np.uint8).reshape(size)
+    return torch.from_numpy(out)

@@ -181,23 +181,25 @@ def clipped_zoom(x: Tensor, factor: float) -> Tensor:
     return crop[..., top : top + h, left : left + w]
 
 
-def line_blur(x: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
-    """One-sided Gaussian of 2 * radius + 1 taps along a line; angle: (b,) in degrees, whole pixels, edges repeated."""
-    width = 2 * radius + 1
-    i = np.arange(width)
+def line_blur(x: Tensor, radius: int, sigma: float, angle: Tensor, *, margin: int = 0) -> Tensor:
+    """One-sided Gaussian of 2 * radius + 1 taps along a line; angle: (b,) in degrees, whole pixels, edges repeated.
+
+    margin: that many pixels of each side are read, but left out of the result.
+    """
+    i = np.arange(2 * radius + 1)
     taps = np.exp(-0.5 * (i / sigma) ** 2)
     taps /= taps.sum()
-    h, w = x.shape[-2:]
-    out = torch.empty_like(x)
-    for picture, degrees in enumerate(angle.tolist()):
-        down = np.ceil(i * math.sin(math.radians(degrees)) - 0.5).astype(int)
-        right = np.ceil(i * math.cos(math.radians(degrees)) - 0.5).astype(int)
-        room = (max(0, -down.min()), max(0, down.max()), max(0, -right.min()), max(0, right.max()))
-        y = pad(x[picture : picture + 1], tuple(int(r) for r in room), "nearest")  # type: ignore[arg-type]
-        top, left = down + room[0], right + room[2]
-        total = out[picture : picture + 1].zero_()
-        for a, b, weight in zip(top.tolist(), left.tolist(), taps.tolist()):
-            total.add_(y[:, :, a : a + h, b : b + w], alpha=weight)
+    h, w = (n - 2 * margin for n in x.shape[-2:])
+    out = x.new_zeros(*x.shape[:2], h, w)
+    for y, total, degrees in zip(x.split(1), out.split(1), angle.tolist()):
+        down = np.ceil(i * math.sin(math.radians(degrees)) - 0.5).astype(int) + margin
+        right = np.ceil(i * math.cos(math.radians(degrees)) - 0.5).astype(int) + margin
+        ends = (-down.min(), down.max() - 2 * margin, -right.min(), right.max() - 2 * margin)
+        room = [max(0, int(n)) for n in ends]
+        if any(room):
+            y = pad(y, (room[0], room[1], room[2], room[3]), "nearest")
+        for top, left, weight in zip((down + room[0]).tolist(), (right + room[2]).tolist(), taps.tolist()):
+            total.add_(y[:, :, top : top + h, left : left + w], alpha=weight)
     return out
 
 

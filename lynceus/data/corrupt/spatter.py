@@ -6,7 +6,8 @@ of OpenCV's Canny edges, chamfer distance and histogram equalisation, written he
 
 from __future__ import annotations
 
-import numpy as np
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,84 +53,104 @@ def _shading(layer: Tensor) -> Tensor:
 
 
 def _box3(x: Tensor) -> Tensor:
-    return F.avg_pool2d(pad(x, (1, 1, 1, 1), "mirror"), 3, 1)
+    y = pad(x, (1, 1, 1, 1), "mirror")
+    y = (y[..., :-2] + y[..., 1:-1]).add_(y[..., 2:])
+    return (y[:, :, :-2] + y[:, :, 1:-1]).add_(y[:, :, 2:]).div_(9)
 
 
 def canny(image: Tensor, low: float, high: float) -> Tensor:
     """Canny edges (b, 1, h, w) bool of grey levels 0..255: Sobel, |dx| + |dy|, OpenCV's order of comparisons."""
-    h, w = image.shape[-2:]
+    b, _, h, w = image.shape
     y = pad(image, (1, 1, 1, 1), "nearest")
-    rows = y[:, :, :-2] + 2 * y[:, :, 1:-1] + y[:, :, 2:]
-    columns = y[..., :-2] + 2 * y[..., 1:-1] + y[..., 2:]
+    rows = (y[:, :, :-2] + y[:, :, 2:]).add_(y[:, :, 1:-1], alpha=2)
+    columns = (y[..., :-2] + y[..., 2:]).add_(y[..., 1:-1], alpha=2)
     dx, dy = rows[..., 2:] - rows[..., :-2], columns[:, :, 2:] - columns[:, :, :-2]
-    size = dx.abs() + dy.abs()
-    m = F.pad(size, (1, 1, 1, 1))
+    size = dx.abs().add_(dy.abs())
 
-    def at(i: int, j: int) -> Tensor:
-        return m[:, :, 1 + i : 1 + i + h, 1 + j : 1 + j + w]
+    # only where the picture changes: places in `size`, and the same in it with a border
+    at = (size.flatten() > low).nonzero()[:, 0]
+    line = at.div(w, rounding_mode="floor")
+    place = at + line * 2 + line.div(h, rounding_mode="floor").mul_(2 * (w + 2)).add_(w + 3)
+    around = F.pad(size, (1, 1, 1, 1)).flatten()
+    here = around.index_select(0, place)
 
+    def beside(down: int, across: int) -> Tensor:
+        return around.index_select(0, place + (down * (w + 2) + across))
+
+    dx, dy = dx.flatten().index_select(0, at), dy.flatten().index_select(0, at)
     x_, y_ = dx.abs().int(), dy.abs().int() << 15
     flat = x_ * 13573  # tan 22.5 degrees in 1/32768
     steep = flat + (x_ << 16)
-    falling = (dx < 0) ^ (dy < 0)
-    level = (size > at(0, -1)) & (size >= at(0, 1))
-    upright = (size > at(-1, 0)) & (size >= at(1, 0))
-    slanted = torch.where(falling, (size > at(-1, 1)) & (size > at(1, -1)), (size > at(-1, -1)) & (size > at(1, 1)))
-    peak = torch.where(y_ < flat, level, torch.where(y_ > steep, upright, slanted)) & (size > low)
-    return _connected(peak, peak & (size > high))
+    slant = torch.where((dx < 0) ^ (dy < 0), -1, 1)
+    level = (here > beside(0, -1)) & (here >= beside(0, 1))
+    upright = (here > beside(-1, 0)) & (here >= beside(1, 0))
+    above = around.index_select(0, place - (w + 2) - slant)
+    below = around.index_select(0, place + (w + 2) + slant)
+    peak = torch.where(y_ < flat, level, torch.where(y_ > steep, upright, (here > above) & (here > below)))
+    keep = _connected(around.numel(), place[peak], here[peak] > high, w + 2)
+    return keep.view(b, 1, h + 2, w + 2)[:, :, 1:-1, 1:-1]
 
 
-def _connected(weak: Tensor, strong: Tensor) -> Tensor:
-    """The weak pixels that hang together, by eight neighbours, with a strong one."""
-    from scipy.ndimage import label
-
-    structure = np.zeros((3, 3, 3), dtype=bool)
-    structure[1] = True
-    pieces, count = label(weak[:, 0].cpu().numpy(), structure)
-    keep = np.zeros(count + 1, dtype=bool)
-    keep[pieces[strong[:, 0].cpu().numpy()]] = True
-    keep[0] = False
-    return torch.from_numpy(keep[pieces]).to(weak.device)[:, None]
+def _connected(count: int, weak: Tensor, strong: Tensor, stride: int) -> Tensor:
+    """Which of `count` places are weak ones (n,) that hang together, by eight neighbours, with a strong one."""
+    kept = torch.zeros(count, dtype=torch.bool, device=weak.device)
+    kept[weak[strong]] = True
+    open_ = weak[~strong]
+    steps = torch.tensor([i * stride + j for i in (-1, 0, 1) for j in (-1, 0, 1)], device=weak.device)
+    while len(open_):
+        reached = kept.take(open_[:, None] + steps).any(1)
+        if not bool(reached.any()):
+            break
+        kept[open_[reached]] = True
+        open_ = open_[~reached]
+    return kept
 
 
 def chamfer(edges: Tensor) -> Tensor:
     """Distance (b, 1, h, w) to the nearest edge pixel, right up to FAR pixels, in steps of a 5x5 mask (1, 1.4, 2.1969).
 
-    Every shortest path uses two neighbouring directions, so one sweep per direction, doubling its reach, is enough.
+    Every shortest path uses two neighbouring directions, in any order: steps of 1, 2, 4, ... pixels in every direction
+    are enough. Pictures lie in one row of numbers, with so much room between lines that no short path leads across.
     """
-    top = 1 << 24
-    h, w = edges.shape[-2:]
-    distance = torch.where(edges, 0, top).to(torch.int32)
-    for across, down, length in _directions():
-        count, cost = 1, length
-        while (count - 1) * length < FAR << 16:
-            i, j = down * count, across * count
-            if abs(i) >= h or abs(j) >= w:
-                break
-            here = distance[:, :, max(0, i) : h + min(0, i), max(0, j) : w + min(0, j)]
-            there = distance[:, :, max(0, -i) : h + min(0, -i), max(0, -j) : w + min(0, -j)]
-            torch.minimum(here, there + cost, out=here)
-            count, cost = 2 * count, 2 * cost
-    return distance.to(torch.float32) / 65536
+    b, _, h, w = edges.shape
+    high, wide = h + FAR, w + FAR
+    distance = torch.full((b, high, wide), 1 << 24, dtype=torch.int32, device=edges.device)
+    inner = distance[:, :h, :w]
+    inner.masked_fill_(edges[:, 0], 0)
+    line, room = distance.flatten(), torch.empty(b * high * wide, dtype=torch.int32, device=edges.device)
+    count, far = 1, FAR << 16
+    while count * 65536 < far:
+        for across, down, length in _directions():
+            step = (down * wide + across) * count
+            if count * length >= far or not 0 < abs(step) < len(line):
+                continue  # no distance left that such a long path could shorten
+            n = len(line) - abs(step)
+            here, there = line.narrow(0, max(0, step), n), line.narrow(0, max(0, -step), n)
+            torch.minimum(here, torch.add(there, count * length, out=room.narrow(0, 0, n)), out=here)
+        count, far = 2 * count, min(far, int(inner.amax()))
+    return inner[:, None].to(torch.float32) / 65536
 
 
-def _directions() -> list[tuple[int, int, int]]:
+@cache
+def _directions() -> tuple[tuple[int, int, int], ...]:
+    """(across, down, length), to all sides."""
     out = set()
     for a, b, length in _LENGTHS:
         for i, j in ((a, b), (b, a)):
             out |= {(s * i, t * j, length) for s in (1, -1) for t in (1, -1)}
-    return sorted(out)
+    return tuple(sorted(out))
 
 
 def equalise(image: Tensor) -> Tensor:
     """Histogram equalisation of grey levels 0..255 (b, 1, h, w), as OpenCV does it."""
-    flat = image.flatten(1).long()
+    b = len(image)
+    flat = image.flatten(1).to(torch.int32)
     total = flat.shape[1]
-    counts = torch.zeros(len(flat), 256, dtype=torch.long, device=flat.device)
-    counts.scatter_add_(1, flat, torch.ones_like(flat))
-    first = flat.amin(1, keepdim=True)
+    first = flat.amin(1, keepdim=True).long()
+    flat += torch.arange(0, 256 * b, 256, dtype=torch.int32, device=flat.device)[:, None]
+    counts = torch.bincount(flat.flatten(), minlength=256 * b).view(b, 256)
     least = counts.gather(1, first)
     scale = 255.0 / (total - least).clamp(min=1).float()
     table = ((counts.cumsum(1) - least).clamp(min=0).float() * scale).round_().clamp_(0, 255)
     table = torch.where(least == total, first.float(), table)  # one grey level only: as it is
-    return table.gather(1, flat).view_as(image)
+    return table.flatten().index_select(0, flat.flatten()).view_as(image)

@@ -20,7 +20,7 @@ from lynceus.data.corrupt import blur, digital, noise, weather
 from lynceus.data.corrupt.draws import Draws, OfficialDraws
 from lynceus.data.corrupt.filters import SLACK
 from lynceus.data.corrupt.spatter import spatter
-from lynceus.data.corrupt.tables import BENCHMARK, CORRUPTIONS, GROUPS, PLASMA, SEVERITIES, SHRUNK, Scale
+from lynceus.data.corrupt.tables import BENCHMARK, CORRUPTIONS, DETERMINISTIC, GROUPS, PLASMA, SEVERITIES, SHRUNK, Scale
 
 # one generator for the batch, one per picture, numpy's legacy one for the authors' order of draws, or nothing: seed 0
 Randomness = torch.Generator | Sequence[torch.Generator] | np.random.RandomState | None
@@ -49,16 +49,18 @@ def corrupt(
     _check(images, name)
     if severity == 0 or images.numel() == 0:
         return images
-    batch = images if images.ndim == 4 else images[None]
+    batch = images if images.ndim == 4 else images.unsqueeze(0)
     byte = batch.dtype == torch.uint8
     if isinstance(generator, np.random.RandomState):
         parts = [_apply(x[None], name, constants, OfficialDraws(generator, x.device), scale, swap) for x in batch]
         out = torch.cat(parts)
     else:
-        out = _apply(batch, name, constants, Draws(_generators(generator, len(batch)), batch.device), scale, swap)
+        drawn = name not in DETERMINISTIC or isinstance(generator, (list, tuple))
+        own = _generators(generator, len(batch)) if drawn else []
+        out = _apply(batch, name, constants, Draws(own, batch.device), scale, swap)
     if not byte:
         out = (out.float() / 255).to(images.dtype)
-    return out if images.ndim == 4 else out[0]
+    return out if images.ndim == 4 else out.squeeze(0)
 
 
 def chosen(names: str | Sequence[str]) -> tuple[str, ...]:

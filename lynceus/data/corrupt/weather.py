@@ -90,13 +90,13 @@ def frost_texture(h: int, w: int, draws: Draws, *, size: float = 1.0) -> Tensor:
     length = max(1, round(14 * size))
     margin = 2 * length + 1
     seeds = draws.normal(1, h + 2 * margin, w + 2 * margin)
-    needles = total = torch.zeros(len(kind), 1, h, w, device=draws.device)
+    needles, total = torch.zeros(2, len(kind), 1, h, w, device=draws.device)
     for way in range(_WAYS):
         # where this direction reigns: a high power of smooth noise
         here = smooth_noise(h, w, draws, cell=40 * size).mul_(7).exp_()
-        line = line_blur(seeds, length, 0.6 * length, turn + way * 180 / _WAYS)
-        needles = needles + here * line[:, :, margin : margin + h, margin : margin + w]
-        total = total + here
+        line = line_blur(seeds, length, 0.6 * length, turn + way * 180 / _WAYS, margin=margin)
+        needles += line.mul_(here)
+        total += here
     clouds = torch.zeros_like(total)
     for cell, weight in ((90, 1.0), (30, 0.6), (10, 0.4)):
         clouds = clouds + smooth_noise(h, w, draws, cell=cell * size) * weight
