@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lynceus.data.corrupt.draws import Draws
@@ -20,6 +20,7 @@ MUD = (63 / 255, 42 / 255, 20 / 255)
 # the chamfer norm of a 5x5 mask, in 1/65536 of a pixel, one octant pair of each length
 _LENGTHS = ((1, 0, 65536), (1, 1, 91750), (2, 1, 143976))
 FAR = 20  # distances are cut there
+SPARSE = 5 << 16  # few pixels are further from an edge
 
 
 def spatter(x: Tensor, constants: tuple[float, ...], draws: Draws) -> Tensor:
@@ -59,85 +60,95 @@ def _box3(x: Tensor) -> Tensor:
 
 
 def canny(image: Tensor, low: float, high: float) -> Tensor:
-    """Canny edges (b, 1, h, w) bool of grey levels 0..255: Sobel, |dx| + |dy|, OpenCV's order of comparisons."""
+    """Canny edges (b, 1, h, w) bool of whole grey levels 0..255: Sobel, |dx| + |dy|, OpenCV's order of comparisons.
+
+    On the CPU: pictures with a border lie in one row of small numbers, and a neighbour is a shift of the row.
+    """
     b, _, h, w = image.shape
-    y = pad(image, (1, 1, 1, 1), "nearest")
-    rows = (y[:, :, :-2] + y[:, :, 2:]).add_(y[:, :, 1:-1], alpha=2)
-    columns = (y[..., :-2] + y[..., 2:]).add_(y[..., 1:-1], alpha=2)
-    dx, dy = rows[..., 2:] - rows[..., :-2], columns[:, :, 2:] - columns[:, :, :-2]
-    size = dx.abs().add_(dy.abs())
+    wide = w + 2
+    y = pad(image, (1, 1, 1, 1), "nearest").to(torch.int16).cpu().numpy().reshape(-1)
+    edge, n = wide + 1, len(y)
+    rows = y[: -2 * wide] + y[2 * wide :] + 2 * y[wide:-wide]
+    columns = y[:-2] + y[2:] + 2 * y[1:-1]
+    dx, dy = rows[2:] - rows[:-2], columns[2 * wide :] - columns[: -2 * wide]
+    x_, y_ = np.abs(dx), np.abs(dy)
+    size = np.zeros(n, dtype=np.int16)
+    np.add(x_, y_, out=size[edge:-edge])
+    border = size.reshape(b, h + 2, wide)
+    border[:, 0] = border[:, -1] = border[:, :, 0] = border[:, :, -1] = 0
+    here = size[edge:-edge]
 
-    # only where the picture changes: places in `size`, and the same in it with a border
-    at = (size.flatten() > low).nonzero()[:, 0]
-    line = at.div(w, rounding_mode="floor")
-    place = at + line * 2 + line.div(h, rounding_mode="floor").mul_(2 * (w + 2)).add_(w + 3)
-    around = F.pad(size, (1, 1, 1, 1)).flatten()
-    here = around.index_select(0, place)
+    def beside(down: int, across: int) -> np.ndarray:
+        step = down * wide + across
+        return size[edge + step : n - edge + step]
 
-    def beside(down: int, across: int) -> Tensor:
-        return around.index_select(0, place + (down * (w + 2) + across))
-
-    dx, dy = dx.flatten().index_select(0, at), dy.flatten().index_select(0, at)
-    x_, y_ = dx.abs().int(), dy.abs().int() << 15
-    flat = x_ * 13573  # tan 22.5 degrees in 1/32768
-    steep = flat + (x_ << 16)
-    slant = torch.where((dx < 0) ^ (dy < 0), -1, 1)
+    y_ = np.left_shift(y_, 15, dtype=np.int32)
+    tangent = np.multiply(x_, 13573, dtype=np.int32)  # of 22.5 degrees, in 1/32768
+    flat = y_ < tangent
+    tangent += np.left_shift(x_, 16, dtype=np.int32)
+    steep = y_ > tangent
     level = (here > beside(0, -1)) & (here >= beside(0, 1))
     upright = (here > beside(-1, 0)) & (here >= beside(1, 0))
-    above = around.index_select(0, place - (w + 2) - slant)
-    below = around.index_select(0, place + (w + 2) + slant)
-    peak = torch.where(y_ < flat, level, torch.where(y_ > steep, upright, (here > above) & (here > below)))
-    keep = _connected(around.numel(), place[peak], here[peak] > high, w + 2)
-    return keep.view(b, 1, h + 2, w + 2)[:, :, 1:-1, 1:-1]
+    falling = (dx ^ dy) < 0
+    rising = (here > beside(-1, -1)) & (here > beside(1, 1)) & ~falling
+    falling &= (here > beside(-1, 1)) & (here > beside(1, -1))
+    peak = ((flat & level) | (steep & upright) | ((falling | rising) & ~(flat | steep))) & (here > low)
+    kept = np.zeros(n, dtype=bool)
+    strong = np.logical_and(peak, here > high, out=kept[edge:-edge])
+    _connect(kept, np.flatnonzero(peak & ~strong) + edge, wide)
+    return torch.from_numpy(kept.reshape(b, 1, h + 2, wide)[:, :, 1:-1, 1:-1]).to(image.device)
 
 
-def _connected(count: int, weak: Tensor, strong: Tensor, stride: int) -> Tensor:
-    """Which of `count` places are weak ones (n,) that hang together, by eight neighbours, with a strong one."""
-    kept = torch.zeros(count, dtype=torch.bool, device=weak.device)
-    kept[weak[strong]] = True
-    open_ = weak[~strong]
-    steps = torch.tensor([i * stride + j for i in (-1, 0, 1) for j in (-1, 0, 1)], device=weak.device)
-    while len(open_):
-        reached = kept.take(open_[:, None] + steps).any(1)
-        if not bool(reached.any()):
+def _connect(kept: np.ndarray, weak: np.ndarray, wide: int) -> None:
+    """Adds the weak places that hang together, by eight neighbours, with a kept one."""
+    around = np.array([i * wide + j for i in (-1, 0, 1) for j in (-1, 0, 1)])[:, None]
+    while len(weak):
+        reached = kept.take(weak + around).any(0)
+        if not reached.any():
             break
-        kept[open_[reached]] = True
-        open_ = open_[~reached]
-    return kept
+        kept[weak[reached]] = True
+        weak = weak[~reached]
 
 
 def chamfer(edges: Tensor) -> Tensor:
     """Distance (b, 1, h, w) to the nearest edge pixel, right up to FAR pixels, in steps of a 5x5 mask (1, 1.4, 2.1969).
 
-    Every shortest path uses two neighbouring directions, in any order: steps of 1, 2, 4, ... pixels in every direction
-    are enough. Pictures lie in one row of numbers, with so much room between lines that no short path leads across.
+    Every shortest path uses two neighbouring directions, in any order: jumps of 1, 2, 4, ... steps in every direction
+    are enough, the short ones first, and the long ones only where the distance is still as long. On the CPU: pictures
+    lie in one row of numbers, with so much room between lines that no short path leads across.
     """
     b, _, h, w = edges.shape
     high, wide = h + FAR, w + FAR
-    distance = torch.full((b, high, wide), 1 << 24, dtype=torch.int32, device=edges.device)
-    inner = distance[:, :h, :w]
-    inner.masked_fill_(edges[:, 0], 0)
-    line, room = distance.flatten(), torch.empty(b * high * wide, dtype=torch.int32, device=edges.device)
-    count, far = 1, FAR << 16
-    while count * 65536 < far:
-        for across, down, length in _directions():
-            step = (down * wide + across) * count
-            if count * length >= far or not 0 < abs(step) < len(line):
-                continue  # no distance left that such a long path could shorten
+    maps = np.full((b, high, wide), 1 << 24, dtype=np.int32)
+    inner = maps[:, :h, :w]
+    np.copyto(inner, 0, where=edges[:, 0].cpu().numpy())
+    line = maps.reshape(-1)
+    room = np.empty_like(line)
+    steps = [(cost, down * wide + across) for cost, across, down in _jumps() if abs(down) < h and abs(across) < w]
+    for cost, step in steps:
+        if cost < SPARSE:
             n = len(line) - abs(step)
-            here, there = line.narrow(0, max(0, step), n), line.narrow(0, max(0, -step), n)
-            torch.minimum(here, torch.add(there, count * length, out=room.narrow(0, 0, n)), out=here)
-        count, far = 2 * count, min(far, int(inner.amax()))
-    return inner[:, None].to(torch.float32) / 65536
+            here, there = line[max(0, step) :][:n], line[max(0, -step) :][:n]
+            np.minimum(here, np.add(there, cost, out=room[:n]), out=here)
+    rest = np.flatnonzero(line > SPARSE)
+    rest = rest[(rest % wide < w) & (rest // wide % high < h)]
+    for cost, step in steps:
+        if cost >= SPARSE:
+            rest = rest[line.take(rest) > cost]
+            line[rest] = np.minimum(line.take(rest), line.take(rest - step, mode="wrap") + cost)
+    return torch.from_numpy(inner[:, None]).to(edges.device, torch.float32).div_(65536)
 
 
 @cache
-def _directions() -> tuple[tuple[int, int, int], ...]:
-    """(across, down, length), to all sides."""
+def _jumps() -> tuple[tuple[int, int, int], ...]:
+    """(cost, across, down) of 1, 2, 4, ... steps to all sides up to FAR pixels, the shortest first."""
     out = set()
     for a, b, length in _LENGTHS:
         for i, j in ((a, b), (b, a)):
-            out |= {(s * i, t * j, length) for s in (1, -1) for t in (1, -1)}
+            count = 1
+            while count * length < FAR << 16:
+                out |= {(count * length, s * i * count, t * j * count) for s in (1, -1) for t in (1, -1)}
+                count *= 2
     return tuple(sorted(out))
 
 
