@@ -130,8 +130,9 @@ def test_walks_that_lose_the_class_have_left_what_is_proven(digits, proven):
     subject, x, y = digits
     targets = x.roll(1, 0)
     keep = y != y.roll(1)
+    # steps this long leave the level set; short ones hold it too well, and lose the convolutional net's class nowhere
     report = traverse(
-        subject, x[keep], targets[keep], y[keep], drop=1.0, steps=120, step_size=0.03, contrast=False, seed=0
+        subject, x[keep], targets[keep], y[keep], drop=1.0, steps=20, step_size=0.4, contrast=False, seed=0
     )
     ends = torch.from_numpy(report.arrays["images"]).flatten(0, 1)
     kept = torch.from_numpy(report.arrays["kept"]).long()

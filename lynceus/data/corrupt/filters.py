@@ -186,21 +186,29 @@ def line_blur(x: Tensor, radius: int, sigma: float, angle: Tensor, *, margin: in
 
     margin: that many pixels of each side are read, but left out of the result.
     """
-    i = np.arange(2 * radius + 1)
-    taps = np.exp(-0.5 * (i / sigma) ** 2)
-    taps /= taps.sum()
-    h, w = (n - 2 * margin for n in x.shape[-2:])
-    out = x.new_zeros(*x.shape[:2], h, w)
-    for y, total, degrees in zip(x.split(1), out.split(1), angle.tolist()):
-        down = np.ceil(i * math.sin(math.radians(degrees)) - 0.5).astype(int) + margin
-        right = np.ceil(i * math.cos(math.radians(degrees)) - 0.5).astype(int) + margin
-        ends = (-down.min(), down.max() - 2 * margin, -right.min(), right.max() - 2 * margin)
-        room = [max(0, int(n)) for n in ends]
-        if any(room):
-            y = pad(y, (room[0], room[1], room[2], room[3]), "nearest")
-        for top, left, weight in zip((down + room[0]).tolist(), (right + room[2]).tolist(), taps.tolist()):
-            total.add_(y[:, :, top : top + h, left : left + w], alpha=weight)
+    taps = _half_taps(2 * radius + 1, float(sigma))
+    c, h, w = x.shape[1], x.shape[2] - 2 * margin, x.shape[3] - 2 * margin
+    out = x.new_zeros(len(x), c, h, w)
+    for y, total, degrees in zip(x.split(1), out.unbind(), angle.tolist()):
+        sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+        down = [math.ceil(i * sine - 0.5) + margin for i in range(len(taps))]
+        right = [math.ceil(i * cosine - 0.5) + margin for i in range(len(taps))]
+        above, below = max(0, -min(down)), max(0, max(down) - 2 * margin)
+        before, after = max(0, -min(right)), max(0, max(right) - 2 * margin)
+        if above or below or before or after:
+            y = pad(y, (above, below, before, after), "nearest")
+        y = y[0]
+        stride = y.stride()
+        start = y.storage_offset() + above * stride[1] + before * stride[2]
+        for top, left, weight in zip(down, right, taps):
+            total.add_(y.as_strided((c, h, w), stride, start + top * stride[1] + left * stride[2]), alpha=weight)
     return out
+
+
+@lru_cache(maxsize=64)
+def _half_taps(count: int, sigma: float) -> tuple[float, ...]:
+    taps = np.exp(-0.5 * (np.arange(count) / sigma) ** 2)
+    return tuple((taps / taps.sum()).tolist())
 
 
 def grey(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def frost(x: Tensor, constants: tuple[float, float], draws: Draws, *, size: floa
     """A weighted sum of the picture and a made frost."""
     picture, ice = constants
     h, w = x.shape[-2:]
-    return picture * x + ice * frost_texture(h, w, draws, size=size)
+    return frost_texture(h, w, draws, size=size).mul_(ice).add_(x * picture)
 
 
 # mean colour and deviation of five kinds of frost, from thin and blue to thick and white
@@ -85,7 +85,7 @@ def frost_texture(h: int, w: int, draws: Draws, *, size: float = 1.0) -> Tensor:
 
     size: of the crystals; 1 is for pictures of a few hundred pixels.
     """
-    kind = torch.tensor(_KINDS)[draws.integers(0, len(_KINDS)).cpu()].to(draws.device)
+    kind = torch.tensor([_KINDS[k] for k in draws.integers(0, len(_KINDS)).tolist()], device=draws.device)
     turn = draws.uniform().cpu() * 180
     length = max(1, round(14 * size))
     margin = 2 * length + 1
@@ -99,16 +99,17 @@ def frost_texture(h: int, w: int, draws: Draws, *, size: float = 1.0) -> Tensor:
         total += here
     clouds = torch.zeros_like(total)
     for cell, weight in ((90, 1.0), (30, 0.6), (10, 0.4)):
-        clouds = clouds + smooth_noise(h, w, draws, cell=cell * size) * weight
-    ice = _standard(_standard(gaussian(needles / total, 0.6)) * 0.75 + _standard(clouds) * 0.65)
-    ice = ice + 0.15 * (ice * ice - 1)  # more bright needles than dark gaps
-    return (kind[:, :3, None, None] + kind[:, 3:, None, None] * ice).clamp_(0, 1)
+        clouds.add_(smooth_noise(h, w, draws, cell=cell * size), alpha=weight)
+    needles = _standard(gaussian(needles.div_(total), 0.6)).mul_(0.75)
+    ice = _standard(needles.add_(_standard(clouds).mul_(0.65)))
+    ice.add_((ice * ice).sub_(1).mul_(0.15))  # more bright needles than dark gaps
+    return torch.add(kind[:, :3, None, None], ice.mul_(kind[:, 3:, None, None])).clamp_(0, 1)
 
 
 def _standard(x: Tensor) -> Tensor:
     """Mean 0 and deviation 1 per picture."""
     x = x - x.mean((2, 3), keepdim=True)
-    return x / x.pow(2).mean((2, 3), keepdim=True).sqrt().clamp(min=1e-6)
+    return x.div_(x.pow(2).mean((2, 3), keepdim=True).sqrt_().clamp_(min=1e-6))
 
 
 def smooth_noise(h: int, w: int, draws: Draws, *, cell: float) -> Tensor:
