@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,11 +24,15 @@ from torch import Tensor, nn
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.core.subject import Subject
 from lynceus.trust.bounds_graph import trace
-from lynceus.trust.bounds_ops import Convolution, Input, Network, Relu
+from lynceus.trust.bounds_ops import Convolution, Input, Network, Node, Relu
+from lynceus.trust.bounds_patch import Held, Patch, has_windows, joined
+from lynceus.trust.bounds_patch import step as window_step
 
 Method = Literal["ibp", "crown-ibp", "crown"]
 METHODS = ("ibp", "crown-ibp", "crown")
-ENTRIES = 1 << 21  # numbers that one backward pass holds per step: more leaves the cache
+ENTRIES = 1 << 19  # numbers that one backward pass holds per step: more leaves the cache
+PROBE = 64  # neurons of the first pass on patches
+FEW = 4  # places of a map that has no windows worth it
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,8 @@ class Propagation:
         self.batch = len(region)
         self.hidden: dict[int, tuple[Tensor, Tensor]] = {}
         self.intervals: dict[int, tuple[Tensor, Tensor]] = {}
-        self._lines: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor]] = {}
+        self._lines: dict[tuple[int, float], Tensor] = {}
+        self._widest = 0
         self._read = {network.nodes[i].inputs[0] for i in network.relus}
         self._propagate(known or {})
 
@@ -307,29 +313,53 @@ class Propagation:
     def _hidden_bounds(self, index: int, image: Tensor, neuron: Tensor) -> tuple[Tensor, Tensor]:
         """Backward bounds of single neurons of single images: (p,) each."""
         node = self.network.nodes[index]
-        step = max(1, ENTRIES // (2 * max(n.size for n in self.network.nodes[: index + 1])))
         offset = self.network.offset(index)
+        patches = has_windows(node.op) and len(node.shape) > 2 and node.shape[-1] * node.shape[-2] > FEW
+        self._widest = 0 if patches else max(n.size for n in self.network.nodes[: index + 1])
         below, above = [], []
-        for start in range(0, len(image), step):
+        start = 0
+        while start < len(image):
             if time.perf_counter() > self.until:
                 raise Late
-            at = image[start : start + step]
-            rows, place = neuron[start : start + step].unique(return_inverse=True)
-            c = torch.zeros(len(rows), node.size, dtype=self.network.dtype, device=self.network.device)
-            c[torch.arange(len(rows)), rows] = 1
-            held: dict[int, Tensor] = {}
-            for source, part in zip(node.inputs, node.op.back(c.reshape(-1, *node.shape))):
-                if part is not None:
-                    both = torch.stack([part, -part], 1)[place]
-                    held[source] = both if source not in held else held[source] + both
-            constant = torch.zeros(len(at), 2, dtype=c.dtype, device=c.device)
+            step = max(1, ENTRIES // (2 * self._widest)) if self._widest else PROBE  # patches say how wide they get
+            at, rows = image[start : start + step], neuron[start : start + step]
+            start += step
+            held = self._patched(node, rows) if patches else self._whole(node, rows)
+            constant = torch.zeros(len(at), 2, dtype=self.network.dtype, device=self.network.device)
             if offset is not None:
-                value = offset.flatten()[rows][place]
+                value = offset.flatten()[rows]
                 constant = torch.stack([value, -value], 1)
             least = self._concrete(*self._pull(held, constant, at=at), at=at)
             below.append(least[:, 0])
             above.append(-least[:, 1])
         return torch.cat(below), torch.cat(above)
+
+    def _whole(self, node: Node, neurons: Tensor) -> dict[int, Held]:
+        """Plus and minus these neurons of `node`, as coefficients of what it reads."""
+        rows, place = neurons.unique(return_inverse=True)
+        c = torch.zeros(len(rows), node.size, dtype=self.network.dtype, device=self.network.device)
+        c[torch.arange(len(rows)), rows] = 1
+        held: dict[int, Held] = {}
+        for source, part in zip(node.inputs, node.op.back(c.reshape(-1, *node.shape))):
+            if part is not None:
+                both = torch.stack([part, -part], 1)[place]
+                held[source] = both if source not in held else joined(held[source], both, part.shape[1:])
+        return held
+
+    def _patched(self, node: Node, neurons: Tensor) -> dict[int, Held]:
+        """The same on the windows that each neuron reads."""
+        side = node.shape[-2:]
+        channel, top = neurons // (side[0] * side[1]), neurons // side[1] % side[0]
+        c = torch.zeros(len(neurons), node.size // (side[0] * side[1]), dtype=self.network.dtype, device=neurons.device)
+        c[torch.arange(len(neurons)), channel] = 1
+        own = Patch(c=c.reshape(-1, 1, *node.shape[:-2], 1, 1), top=top, left=neurons % side[1])
+        held: dict[int, Held] = {}
+        for source, part in zip(node.inputs, window_step(node, own)):
+            if part is not None:
+                both = replace(part, c=torch.cat([part.c, -part.c], 1))
+                shape = self.network.nodes[source].shape
+                held[source] = both if source not in held else joined(held[source], both, shape)
+        return held
 
     def backward(self, index: int, c: Tensor, *, to_input: bool = True) -> Tensor:
         """Lower bounds (b, s) of c . (node's output), c (b or 1, s, *shape), by a backward pass through the relaxed
@@ -339,11 +369,16 @@ class Propagation:
     def pull(self, index: int, c: Tensor, *, to_input: bool = True) -> tuple[dict[int, Tensor], Tensor]:
         """The linear lower bound itself: coefficients of the input (or of where it stopped) and constants (b, s)."""
         constant = torch.zeros(c.shape[:2], dtype=c.dtype, device=c.device)
-        return self._pull({index: c}, constant, to_input=to_input)
+        ends, constant = self._pull({index: c}, constant, to_input=to_input)
+        return {k: v for k, v in ends.items() if isinstance(v, Tensor)}, constant
 
-    def _concrete(self, ends: dict[int, Tensor], least: Tensor, *, at: Tensor | None = None) -> Tensor:
+    def _concrete(self, ends: Mapping[int, Held], least: Tensor, *, at: Tensor | None = None) -> Tensor:
         """The smallest value of a linear bound; `at`: which region each row belongs to."""
         for node, value in ends.items():
+            if isinstance(value, Patch):
+                assert at is not None
+                least = least + _seen(self.region, value, at).least(value.c)
+                continue
             if node == 0:
                 region = self.region if at is None else self.region.pick(at)
             else:
@@ -353,34 +388,49 @@ class Propagation:
         return least
 
     def _pull(
-        self, held: dict[int, Tensor], constant: Tensor, *, to_input: bool = True, at: Tensor | None = None
-    ) -> tuple[dict[int, Tensor], Tensor]:
+        self, held: dict[int, Held], constant: Tensor, *, to_input: bool = True, at: Tensor | None = None
+    ) -> tuple[dict[int, Held], Tensor]:
         nodes = self.network.nodes
-        ends: dict[int, Tensor] = {}
+        ends: dict[int, Held] = {}
         for index in range(max(held), -1, -1):
             if index not in held:
                 continue
             c = held.pop(index)
             node = nodes[index]
+            if isinstance(c, Patch) and not _narrow(c, node):
+                c = c.whole(node.shape)
+            size = c.c[0, 0].numel() if isinstance(c, Patch) else c[0, 0].numel()
+            self._widest = max(self._widest, size)
+            if isinstance(c, Patch) and isinstance(node.op, Input):
+                c = c.masked(node.shape)
             if isinstance(node.op, Input) or (isinstance(node.op, Relu) and not to_input):
                 ends[index] = c
                 continue
+            parts: tuple[Held | None, ...]
             if isinstance(node.op, Relu):
-                below, chord, above = self._lines[node.inputs[0], node.op.slope]
-                if at is not None:
-                    below, chord, above = below[at], chord[at], above[at]
-                extra = c.clamp_max(0).flatten(2) @ above.flatten(1).unsqueeze(-1)
-                constant = constant + extra.squeeze(-1)
-                parts: tuple[Tensor | None, ...] = (c * torch.where(c > 0, below.unsqueeze(1), chord.unsqueeze(1)),)
+                lines = self._lines[node.inputs[0], node.op.slope]
+                if isinstance(c, Patch):
+                    lines = c.read(lines, at)
+                elif at is not None:
+                    lines = lines[at]
+                rest, extra = _relaxed_back(c.c if isinstance(c, Patch) else c, lines)
+                constant = constant + extra
+                parts = (replace(c, c=rest) if isinstance(c, Patch) else rest,)
             else:
                 offset = self.network.offset(index)
-                if offset is not None:
-                    constant = constant + c.flatten(2) @ offset.flatten()
-                parts = node.op.back(c.reshape(-1, *node.shape))
-                parts = tuple(None if p is None else p.reshape(*c.shape[:2], *p.shape[1:]) for p in parts)
+                if isinstance(c, Patch):
+                    if offset is not None:
+                        there = c.read(offset, None).flatten(1).unsqueeze(-1)
+                        constant = constant + (c.c.flatten(2) @ there).squeeze(-1)
+                    parts = window_step(node, c)
+                else:
+                    if offset is not None:
+                        constant = constant + c.flatten(2) @ offset.flatten()
+                    back = node.op.back(c.reshape(-1, *node.shape))
+                    parts = tuple(None if p is None else p.reshape(*c.shape[:2], *p.shape[1:]) for p in back)
             for source, part in zip(node.inputs, parts):
                 if part is not None:
-                    held[source] = part if source not in held else held[source] + part
+                    held[source] = part if source not in held else joined(held[source], part, nodes[source].shape)
         return ends, constant
 
     def logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,9 +458,32 @@ class Propagation:
         return least
 
 
-def _relaxed(low: Tensor, high: Tensor, leak: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines around max(z, leak z) for z in [low, high]: the slope below (1 or the leak), slope and height of the chord
-    above."""
+def _narrow(patch: Patch, node: Node) -> bool:
+    """Is the window smaller than the map, and can the operator go back through it?"""
+    h, w = patch.c.shape[-2:]
+    inside = h * w < node.shape[-2] * node.shape[-1]
+    return inside and (isinstance(node.op, (Input, Relu)) or has_windows(node.op))
+
+
+def _seen(region: Region, patch: Patch, at: Tensor) -> Region:
+    """What the windows of rows see of their regions."""
+    if isinstance(region, Box):
+        return Box(patch.read(region.lower, at), patch.read(region.upper, at))
+    return Ball(patch.read(region.centre, at), torch.as_tensor(region.eps)[at], region.norm, region.clip)
+
+
+def _relaxed_back(c: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients (n, s, *shape) of a ReLU's output as those of its input, and the constants (n, s) that this costs:
+    the line below where they are positive, the chord where they are not."""
+    below, turn, above = (v.unsqueeze(1) for v in lines.unbind(1))
+    negative = c.clamp_max(0)
+    extra = (negative.flatten(2) @ above.flatten(2).transpose(1, 2)).squeeze(-1)
+    return (c * below).addcmul_(negative, turn), extra
+
+
+def _relaxed(low: Tensor, high: Tensor, leak: float) -> Tensor:
+    """Lines around max(z, leak z) for z in [low, high], (b, 3, *shape): the slope below (1 or the leak), what the
+    chord above it has more, and the chord's height."""
     on, off = low >= 0, high <= 0
     unstable = ~(on | off)
     one, least = torch.ones_like(low), torch.full_like(low, leak)  # bare numbers would be float32 here
@@ -419,4 +492,4 @@ def _relaxed(low: Tensor, high: Tensor, leak: float) -> tuple[Tensor, Tensor, Te
     )
     above = torch.where(unstable, high - chord * high, torch.zeros_like(high))
     below = torch.where(on | (unstable & (high > -low)), one, least)
-    return below, chord, above
+    return torch.stack([below, chord - below, above], 1)

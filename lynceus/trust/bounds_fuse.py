@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lynceus.trust.bounds_ops import Convolution, Dense, Network, Node, Operator, Rearrange, Scale, View
+from lynceus.trust.bounds_patch import has_windows
 
 LARGE = 1 << 20  # entries of a matrix that affine operators are fused into
 
@@ -61,4 +62,8 @@ def _matrix(network: Network, start: int, run: Sequence[int]) -> Dense:
     for index in run:
         x = network.nodes[index].op.run(x)
     flat = x.reshape(len(x), -1)
-    return Dense((flat[:-1] - flat[-1:]).T.contiguous(), flat[-1].clone(), flat=(source.shape, target.shape))
+    dense = Dense((flat[:-1] - flat[-1:]).T.contiguous(), flat[-1].clone(), flat=(source.shape, target.shape))
+    steps = [network.nodes[i] for i in run]
+    if all(isinstance(n.op, (Convolution, Scale)) and has_windows(n.op) and len(n.shape) > 2 for n in steps):
+        dense.steps = steps
+    return dense

@@ -447,16 +447,19 @@ class _Lowering:
             _taps(sides[a], shape[-2:][a], kernel[a], stride[a], padding[a], dilation[a]) for a in range(2)
         )
         index = torch.stack(
-            [(row[:, None] * sides[1] + column[None, :]).flatten() for row, column in itertools.product(rows, columns)]
+            [row[:, None] * sides[1] + column[None, :] for row, column in itertools.product(rows, columns)]
         )
-        lead, count = shape[:-2], len(index)
-        taps = self.add(Pick(index, self.nodes[source].shape), (source,), (count, *lead, index.shape[1]))
+        lead, count, out = shape[:-2], len(index), tuple(shape[-2:])
+        reach = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out, stride, dilation, kernel)]
+        inside = padding == (0, 0) and all(r <= side for r, side in zip(reach, sides))
+        pick = Pick(index, self.nodes[source].shape, window=(kernel, stride, dilation) if inside else None)
+        taps = self.add(pick, (source,), (count, *lead, *out))
         while count > 1:
             pairs = count // 2
-            duels = self.add(Duels(pairs, count), (taps,), (pairs, *lead, index.shape[1]))
-            wins = self.add(Relu(), (duels,), (pairs, *lead, index.shape[1]))
+            duels = self.add(Duels(pairs, count), (taps,), (pairs, *lead, *out))
+            wins = self.add(Relu(), (duels,), (pairs, *lead, *out))
             count -= pairs
-            taps = self.add(Winners(pairs), (taps, wins), (count, *lead, index.shape[1]))
+            taps = self.add(Winners(pairs), (taps, wins), (count, *lead, *out))
         return self.add(View(self.nodes[taps].shape, shape), (taps,), shape)
 
 

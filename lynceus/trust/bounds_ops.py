@@ -84,10 +84,13 @@ class Relu(Operator):
 
 
 class Dense(Operator):
-    """x W^T + b on the last axis, or on the whole flattened sample (`flat`)."""
+    """x W^T + b on the last axis, or on the whole flattened sample (`flat`).
+
+    steps: the operators on maps that this matrix stands for, where all of them have windows (`bounds_patch`)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, flat: tuple[Shape, Shape] | None = None):
         self.weight, self.bias, self.flat = weight, bias, flat
+        self.steps: Sequence[Node] = ()
         self._absolute: Tensor | None = None
 
     def linear(self, *x: Tensor) -> Tensor:
@@ -137,6 +140,7 @@ class Convolution(Operator):
         groups: int,
     ):
         self.weight, self.bias, self.shape = weight, bias, shape
+        self.windows: dict[Shape, Tensor] = {}  # matrices of `bounds_patch`, by the size of a window
         self.rest = (
             list(stride),
             list(padding),
@@ -291,17 +295,19 @@ class Winner(Operator):
 
 
 class Pick(Operator):
-    """Places of a map, (..., h, w) -> (taps, ..., places): for each tap a row of indices into h * w."""
+    """Places of a map, (..., h, w) -> (taps, ..., rows, columns): for each tap the indices (rows, columns) into h * w.
 
-    def __init__(self, index: Tensor, shape: Shape):
-        self.index, self.shape = index, shape
+    window: kernel, stride and dilation (two numbers each) where every tap of every window lies on the map."""
+
+    def __init__(self, index: Tensor, shape: Shape, *, window: tuple[tuple[int, int], ...] | None = None):
+        self.index, self.shape, self.window = index, shape, window
         flat = index.flatten()
         places = shape[-1] * shape[-2]
         self.inverse = flat.argsort() if torch.equal(flat.sort().values, torch.arange(places)) else None
 
     def run(self, *x: Tensor) -> Tensor:
         out = x[0].flatten(-2)[..., self.index.flatten().to(x[0].device)]
-        return out.unflatten(-1, tuple(self.index.shape)).movedim(-2, 1)
+        return out.unflatten(-1, tuple(self.index.shape)).movedim(-3, 1)
 
     def linear(self, *x: Tensor) -> Tensor:
         return self.run(x[0])
@@ -310,7 +316,7 @@ class Pick(Operator):
         return self.run(r)
 
     def back(self, c: Tensor) -> tuple[Tensor | None, ...]:
-        c = c.movedim(1, -2).flatten(-2)
+        c = c.movedim(1, -3).flatten(-3)
         if self.inverse is not None:
             out = c[..., self.inverse.to(c.device)]
         else:

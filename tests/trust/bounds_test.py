@@ -98,6 +98,43 @@ def test_each_method_is_at_least_as_tight_as_the_cheaper_one(residual):
     assert bool((widths[2] <= widths[0] + 1e-12).all())
 
 
+class Strides(nn.Module):
+    """Convolutions in a row, with stride, dilation, groups, padding; pools that overlap; two paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(2, 4, 3, padding=2), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2))
+        self.b, self.norm = nn.Conv2d(6, 6, 3, padding=2, dilation=2), nn.BatchNorm2d(6)
+        self.c, self.short = nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.Conv2d(6, 4, 1, stride=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = F.max_pool2d(F.leaky_relu(self.norm(self.b(x)) + x, 0.2), 3, 1)
+        x = torch.maximum(torch.relu(self.c(x)), self.short(x))
+        return self.head(torch.relu(x - 0.1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("norm", [math.inf, 2])
+def test_patches_give_what_whole_maps_give(norm, fuse, monkeypatch):
+    torch.manual_seed(3)
+    net = Strides().eval()
+    nn.init.uniform_(net.norm.running_mean, -0.3, 0.3)
+    network = trace(net, (2, 17, 17), fuse=fuse)
+    region = Ball(torch.rand(2, 2, 17, 17), 0.03, norm=norm, clip=(0.0, 1.0))
+    options = {"label": torch.tensor([0, 2]), "intersect": False}
+    small = bounds(network, region, **options)
+    monkeypatch.setattr("lynceus.trust.bounds.FEW", 10**9)
+    whole = bounds(network, region, **options)
+    assert small.hidden.keys() == whole.hidden.keys()
+    assert len(whole.hidden) == 9  # five written ones and four rounds of the pool
+    for key, ends in whole.hidden.items():
+        for mine, theirs in zip(small.hidden[key], ends):
+            torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(small.margin, whole.margin, atol=1e-10, rtol=1e-10)
+
+
 def test_a_point_is_bounded_by_its_own_logits(residual):
     x = torch.rand(2, 3, 8, 8)
     found = bounds(residual, Box(x, x))
