@@ -111,8 +111,13 @@ def pixelate(x: Tensor, share: float) -> Tensor:
 
     h, w = x.shape[-2:]
     high, wide = max(1, int(h * share)), max(1, int(w * share))
-    small = _each(x, lambda image: image.resize((wide, high), Resampling.BOX), (high, wide)).numpy()
-    return torch.from_numpy(small.take(_nearest(wide, w), 3).take(_nearest(high, h), 2)).to(x.device)
+    rows, columns = _nearest(high, h), _nearest(wide, w)
+
+    def through(image: Any) -> np.ndarray:
+        small = np.asarray(image.resize((wide, high), Resampling.BOX))
+        return small.transpose(2, 0, 1).take(columns, 2).take(rows, 1)
+
+    return _each(x, through)
 
 
 @lru_cache(maxsize=64)
@@ -127,21 +132,22 @@ def jpeg_compression(x: Tensor, quality: int) -> Tensor:
 
     h, w = x.shape[-2:]
 
-    def through(image: Any) -> Any:
+    def through(image: Any) -> np.ndarray:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
-        return Image.frombytes("RGB", (w, h), file.getvalue(), "jpeg", "RGB", "")  # size and mode are known: no headers
+        # size and mode are known: no headers
+        read = Image.frombytes("RGB", (w, h), file.getvalue(), "jpeg", "RGB", "")
+        return np.stack([np.frombuffer(read.tobytes("raw", band), dtype=np.uint8).reshape(h, w) for band in "RGB"])
 
-    return _each(x, through, (h, w)).to(x.device)
+    return _each(x, through)
 
 
-def _each(x: Tensor, change: Callable[[Any], Any], size: tuple[int, int]) -> Tensor:
-    """Every picture of a batch as a PIL image, changed to one of `size` (height, width); on the CPU."""
+def _each(x: Tensor, change: Callable[[Any], np.ndarray]) -> Tensor:
+    """Every picture of a batch as a PIL image, changed to (3, h, w)."""
     from PIL import Image
 
-    out = np.empty((*x.shape[:2], *size), dtype=np.uint8)
-    for planes, picture in zip(out, x.cpu().numpy()):
-        image = change(Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(p)) for p in picture]))
-        for plane, band in zip(planes, "RGB"):
-            plane[...] = np.frombuffer(image.tobytes("raw", band), dtype=np.uint8).reshape(size)
-    return torch.from_numpy(out)
+    made = [
+        change(Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(plane)) for plane in picture]))
+        for picture in x.cpu().numpy()
+    ]
+    return torch.from_numpy(made[0][None] if len(made) == 1 else np.stack(made)).to(x.device)
