@@ -58,6 +58,19 @@ def loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z
     return (torch.stack(found, -1) + u * D[:, None]) * F.silu(z)
 
 
+def reference_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
+    """The loop as Mamba's paper code lays it out: time inside (b, d, l, n), so that every step reads across it."""
+    delta = F.softplus(delta)
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    added = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
+    h = A.new_zeros(len(u), *A.shape)
+    found = []
+    for i in range(u.shape[2]):
+        h = decay[:, :, i] * h + added[:, :, i]
+        found.append(torch.einsum("bdn,bn->bd", h, C[:, :, i]))
+    return (torch.stack(found, 2) + u * D[:, None]) * F.silu(z)
+
+
 def ours(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
     y: Tensor = selective_scan(u, delta, A, B, C, D, z, delta_softplus=True)
     return y
@@ -106,7 +119,7 @@ def compared(rows: list[dict[str, Any]], what: str, peer: str, mine: Any, theirs
 
 
 def operator(rows: list[dict[str, Any]], clock: Callable[[], float]) -> None:
-    peers: dict[str, Callable[..., Tensor]] = {"loop": loop}
+    peers: dict[str, Callable[..., Tensor]] = {"loop": loop, "loop over (b, d, l, n)": reference_loop}
     try:
         from mambapy.pscan import pscan
 

@@ -94,7 +94,7 @@ class GauntletConfig:
             raise AdviceError(f"test_share is a share between 0 and 1, not {self.test_share}.")
 
 
-DEMO = GauntletConfig(steps=400, jobs=2, shift_images=200)
+DEMO = GauntletConfig(steps=200, finalists=3, jobs=2, shift_images=200)
 CIFAR10 = GauntletConfig(
     steps=600, batch_size=64, limit=10_000, crop=22, augment="plain", seeds=(0,), jobs=2, shift_images=500, lr=(2e-3,)
 )
