@@ -7,8 +7,9 @@ layer; whatever only makes it doubtful comes back as a note.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,39 @@ from lynceus.core.subject import Subject, wrong_range
 from lynceus.core.types import Sample, as_float
 
 SLACK = 1e-6  # resizing and JPEG filters leave rounding errors of this size outside [0, 1]
+# the least that a field of this name may be, in any check; seconds=0 ends a check at once, and its report says so
+LEAST: dict[str, int] = {
+    **dict.fromkeys(("steps", "restarts", "batch_size", "limit", "images", "targets", "generations", "queries"), 1),
+    **dict.fromkeys(("boxes", "count", "record"), 1),
+    **dict.fromkeys(("seconds", "shown", "crops", "jitter", "extend"), 0),
+}
+ABOVE_ZERO = frozenset({"step_size", "adversarial_step"})
+SHARES = frozenset({"drop", "confident"})  # probabilities
 APART = 1e-3  # two passes over the same image that differ by more (in deviations of the outputs) are no rounding
+
+
+def sensible(check: object) -> None:
+    """Raises AdviceError for a number among the fields of a check that means nothing: NaN anywhere, fewer than one
+    step, image or query, a negative time, a probability outside [0, 1]."""
+    if not is_dataclass(check):
+        return
+    kind = type(check).__name__
+    for name in (f.name for f in fields(check)):
+        value = getattr(check, name)
+        several = value if isinstance(value, tuple) else (value,)
+        numbers = [v for v in several if isinstance(v, int | float) and not isinstance(v, bool)]
+        if any(math.isnan(v) for v in numbers):
+            raise AdviceError(f"{kind}: {name} is not a number (nan). Give one, or leave {name} out for its default.")
+        for v in numbers:
+            if name in LEAST and v < LEAST[name]:
+                wanted = f"{LEAST[name]} or more"
+            elif name in ABOVE_ZERO and v <= 0:
+                wanted = "above 0"
+            elif name in SHARES and not 0 <= v <= 1:
+                wanted = "a probability, from 0 to 1"
+            else:
+                continue
+            raise AdviceError(f"{kind}: {name} is {wanted}, not {v:g}. Leave {name} out for its default.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,9 +266,25 @@ def fitted(image: Float[Tensor, "c h w"], height: int, width: int) -> Float[Tens
     return image[:, top : top + height, left : left + width]
 
 
+@torch.no_grad()
+def answers(subject: Subject, images: Tensor) -> Tensor:
+    """What the subject says of `images` without gradients. Raises AdviceError where the model itself breaks on them."""
+    try:
+        return subject(as_float(images))
+    except (AdviceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model is the user's: whatever it raises, these pixels were too much for it
+        height, width = images.shape[-2:]
+        said = " ".join(str(error).split())[:300]
+        raise AdviceError(
+            f"{subject.name} cannot answer images of {height} x {width} pixels: {type(error).__name__}: {said}. A "
+            "model made for one size takes --resize SIDE (Subject(model, size=SIDE)); a function takes one batch of "
+            "pixels (b, 3, h, w) in [0, 1] and gives logits (b, k)."
+        ) from error
+
+
 def _outputs(subject: Subject, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = subject(as_float(images))
+    out = answers(subject, images)
     if out.shape[1] < 2:
         raise AdviceError(
             f"{subject.name} gives one number per image; a check of classes needs at least two. For a yes-or-no logit "

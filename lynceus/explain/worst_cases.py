@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lynceus.core import plots
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.core.guard import Material, collect
+from lynceus.core.guard import Material, collect, sensible
 from lynceus.core.report import Report, environment
 from lynceus.core.rng import generator
 from lynceus.core.subject import Subject
@@ -56,6 +56,7 @@ class Attribution:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per image and method. arrays: the maps, (images, h, w), as "maps METHOD"."""
+        sensible(self)
         if self.method != "auto" and self.method not in METHODS:
             raise unknown("method", str(self.method), ("auto", *METHODS))
         if self.count < 1:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lynceus.core.errors import AdviceError, MissingError, unknown
-from lynceus.core.guard import collect
+from lynceus.core.guard import collect, sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import clock
@@ -150,6 +150,7 @@ class TrustReport:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row and one part per section; `parts` are the checks' own reports."""
+        sensible(self)
         began = time.monotonic()
         names = self._names()
         pictures = data if hasattr(data, "take") else list(data)

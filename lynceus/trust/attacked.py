@@ -20,6 +20,7 @@ from torch import Tensor
 from lynceus.core import plots
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
@@ -72,6 +73,7 @@ class Attacked:
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per radius. arrays: "broken" (images, radii) bool, "distance" (images,) of the smallest change found,
         "adversarial" and "index": the images that broke the model, and which of the data they are."""
+        sensible(self)
         began = time.monotonic()
         radii = self._radii()
         for name in self.attacks:

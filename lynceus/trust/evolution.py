@@ -251,7 +251,10 @@ def search(
         raise AdviceError(f"generations is at least 0 (the random population alone), not {generations}.")
     cost = population * (10 if crops else 1)
     if queries is not None and queries < cost:
-        raise AdviceError(f"The first population alone asks for {cost} answers; {queries} queries are too few.")
+        raise AdviceError(
+            f"The first population alone asks for {cost} answers, and of the queries {max(0, queries)} are left after "
+            f"a look at the model and the real images. Give at least {cost - queries} more, or a smaller population."
+        )
     if goal is not None and not 0 < goal < 1:
         raise AdviceError(f"goal is a confidence between 0 and 1, such as 0.9999, not {goal}.")
     line = math.inf if goal is None else math.log(goal) - math.log1p(-goal)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lynceus.core import rng
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import sensible
 from lynceus.core.plots import image_grid, lines
 from lynceus.core.report import Report
 from lynceus.core.subject import Subject
@@ -238,6 +239,7 @@ class Fooling:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per class: see `evolve` and `ascend`."""
+        sensible(self)
         began = time.monotonic()
         if self.encoding not in ("cppn", "pixels", "ascent"):
             raise unknown("encoding", str(self.encoding), ("cppn", "pixels", "ascent"))

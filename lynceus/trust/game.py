@@ -26,6 +26,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
@@ -182,6 +183,7 @@ class Game:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per picture. arrays: "severity" (images,), inf where none was found; "examples" (found, c, h, w)."""
+        sensible(self)
         material = guard.collect(subject, data, needs=self.needs, limit=self.limit)
         given = first_answers(subject, material.images, self.batch_size)
         wrong = (material.labels >= 0) & (given != material.labels)

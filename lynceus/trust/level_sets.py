@@ -24,6 +24,7 @@ from torch import Tensor
 from lynceus.core import plots
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
@@ -82,6 +83,7 @@ class BlindSpots:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per walk. arrays: see `traverse`, and "source", "target": which of the images looked at they are."""
+        sensible(self)
         began = time.monotonic()
         subject.require(self.needs)
         material = self._look(subject, data)

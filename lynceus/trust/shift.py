@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import examine, sensible
 from lynceus.core.report import Report, environment
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample, as_float
@@ -70,6 +71,7 @@ class ShiftConsistency:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per kind of shift. arrays: "realistic" and "cyclic", (images, shifts) bool: same answer or not."""
+        sensible(self)
         stored = self.stored
         own = subject.size or getattr(subject.model, "image_size", None)
         if stored is None and own is not None and own[0] == own[1] and getattr(data, "images", None) is None:
@@ -132,8 +134,16 @@ def shift(
     size = _view(subject, images, view, (0, 0) if kind == "cyclic" else reach)
     if subject.size is not None and tuple(subject.size) != size:
         report.notes.append(f"The subject resizes views of {size} to {subject.size} after the shift.")
+    if not embedding:
+        _try(subject, images, size, reach)
     kinds = ("realistic", "cyclic") if kind == "both" else (kind,)
     base = _answers(subject, images, size, (0, 0), "realistic", batch_size, embedding, features)
+    foreign = int((labels >= int(base["classes"])).sum()) if labels is not None and "classes" in base else 0
+    if foreign:
+        report.notes.append(
+            f"No accuracy: {foreign} of {len(images)} labels are none of the {int(base['classes'])} classes that "
+            f"{subject.name} gives."
+        )
     for name in kinds:
         reference = _Reference(base, anchors)
         rows = [
@@ -153,7 +163,7 @@ def shift(
                 row["cosine, worst shift"] = float(values.double().amin(1).mean())
             else:
                 row["nearest changed"] = float(values.double().mean())
-        if labels is not None and "answer" in base:
+        if labels is not None and "answer" in base and foreign == 0:
             known = labels >= 0
             row["accuracy"] = float((base["answer"][known] == labels[known]).double().mean())
         report.rows.append(row)
@@ -231,13 +241,33 @@ def _answers(
         if kind == "cyclic":
             x = torch.roll(x, move, (-2, -1))
         if not embedding:
-            answer.append(subject(x).flatten(1).argmax(1).cpu())
+            logits = subject(x)
+            answer.append(logits.argmax(1).cpu())
         if embedding or features:
             vector.append((subject(x) if embedding else subject.embed(x)).flatten(1).double().cpu())
-    out = {"answer": torch.cat(answer)} if answer else {}
+    out = {"answer": torch.cat(answer), "classes": torch.tensor(logits.shape[1])} if answer else {}
     if vector:
         out["vector"] = F.normalize(torch.cat(vector), dim=1)
     return out
+
+
+def _try(subject: Subject, images: Tensor, size: tuple[int, int], reach: tuple[int, int]) -> None:
+    """Asks about a few unmoved views, so that a model that breaks on them, or says NaN, is told before the work."""
+    top, left = (images.shape[-2] - size[0]) // 2, (images.shape[-1] - size[1]) // 2
+    few = images[:4]
+    try:
+        examine(subject, few[..., top : top + size[0], left : left + size[1]])
+    except AdviceError:
+        whole = (images.shape[-2], images.shape[-1])
+        if size == whole or subject.size is not None:
+            raise
+        examine(subject, few)  # what is wrong with the whole pictures too is said of those
+        raise AdviceError(
+            f"{subject.name} takes pictures of {whole[0]} x {whole[1]} but not the views of {size[0]} x {size[1]} that "
+            f"a realistic shift of {max(reach)} px leaves of them. Choose one: --kind cyclic (rolls the pictures), "
+            f"--extend {max(reach)} --view {min(whole)} (repeats their border pixels), or --resize {min(whole)} "
+            "(brings each view to the model's size)."
+        ) from None
 
 
 class _Reference:

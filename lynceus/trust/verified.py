@@ -22,6 +22,7 @@ from torch import Tensor
 from lynceus.core import plots
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
@@ -78,6 +79,7 @@ class Verify:
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per image. arrays: "proven" and "attacked" radii (images,), "index" and "witness": which images have
         a counterexample, and it."""
+        sensible(self)
         began = time.monotonic()
         check_goal(self.goal)
         if self.method not in ("auto", "ibp", "crown-ibp", "crown"):
@@ -254,11 +256,11 @@ def _plain(value: float) -> float | None:
 def _fill(report: Report, check: Verify, material: Material, pieces: list[dict[str, Any]]) -> None:
     if not pieces:
         raise AdviceError(
-            f"No image was finished within {check.seconds} s; give more --seconds, or fewer --boxes and --pixels."
+            f"No image was finished within {check.seconds:.3g} s; give more --seconds, or fewer --boxes and --pixels."
         )
     if len(pieces) < len(material):
         report.notes.append(
-            f"The budget of {check.seconds:g} s ended after {len(pieces)} of {len(material)} images; "
+            f"The budget of {check.seconds:.3g} s ended after {len(pieces)} of {len(material)} images; "
             "the others were not looked at."
         )
     kinds = Counter(p["kind"] for p in pieces)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.plots import bars, image_grid
@@ -68,6 +69,7 @@ class Edits:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per setting; see `audit`."""
+        sensible(self)
         subject.require(self.needs)
         donors: Iterable[Sample] | None = None
         if self.backgrounds is not None:
