@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lynceus.core.subject import Subject
 
+SAYS = ("pretrained_cfg", "default_cfg", "mean")  # where a module says how it wants its pixels
 MODEL_HELP = "a name of `lynceus models`, timm:NAME, or the run folder of a trained model"
 
 
@@ -53,11 +54,25 @@ def open_subject(
     if text.startswith(("http://", "https://")):
         from lynceus.core.remote import served
 
-        subject = served(text, classes=classes)
+        subject = served(text)  # the names of its classes are not known; the data has its own
         return Subject(subject, size=size, name=text, needs_grad=False) if size else subject
     if text.startswith("python:"):
-        return Subject(_function(text), size=size, name=text.removeprefix("python:"))
+        found = _function(text)
+        name = text.removeprefix("python:")
+        if takes_pixels(found):
+            return Subject(found, size=size, name=name, mean=(0.0,) * 3, std=(1.0,) * 3)
+        return Subject(found, size=size, name=name)
     return Subject(open_model(text, weights=weights, num_classes=num_classes), size=size)
+
+
+def takes_pixels(value: Any) -> bool:
+    """Whether `value` is a module that says nothing of a mean and deviation of its own: as any function that
+    python:MODULE:NAME names, it is then given pixels in [0, 1] as they are."""
+    from torch import nn
+
+    if not isinstance(value, nn.Module) or getattr(value, "owns_pixels", False):
+        return False
+    return not any(isinstance(getattr(value, n, None), dict | tuple | list) for n in SAYS)
 
 
 def _function(text: str) -> Any:
@@ -79,8 +94,13 @@ def _function(text: str) -> Any:
     if not hasattr(found, name):
         raise unknown(f"name in {module}", name, [n for n in vars(found) if not n.startswith("_")])
     value = getattr(found, name)
-    if isinstance(value, type) or not callable(value):
-        raise AdviceError(f"{text!r} is no function of images (b, 3, h, w) but {value!r}.")
+    if isinstance(value, type):
+        raise AdviceError(
+            f"{text!r} is the class {name}, not a model of it. Write a line such as `model = {name}().eval()` in "
+            f"{module}, with its weights loaded, and name python:{module}:model."
+        )
+    if not callable(value):
+        raise AdviceError(f"{text!r} is no function of images (b, 3, h, w) but a {type(value).__name__}.")
     return value
 
 

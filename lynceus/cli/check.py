@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_subject, twin_of
-from lynceus.cli._run import show
+from lynceus.cli._models import open_subject, takes_pixels, twin_of
+from lynceus.cli._run import run_folder, show
 from lynceus.cli._schema import merged, one_of, parse, with_options
 
 # name -> (class, one line)
@@ -62,22 +63,32 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     """One check by its name, with the options that follow it."""
     target = CHECKS[name][0]
     options = parse(with_options(Options, check=target), argv, prog=prog, description=CHECKS[name][1])
+    check = merged(options, "check")
+    _sensible(check)
     import lynceus.data
 
     dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
-    check = merged(options, "check")
+    if options.out is not None:
+        run_folder(options.out, "check", name, resume=True)  # a folder that cannot be written is said before the work
     classes = len(dataset.classes) if dataset.classes else None
-    asked = repr(check)
+    asked = _asked(check)
     if options.out is not None and getattr(check, "keep", options.out) is None:
         check = replace(check, keep=options.out)  # finished pieces: a second run of the same command goes on
     subject = open_subject(
         options.model, weights=options.weights, num_classes=classes, classes=dataset.classes, size=options.resize
     )
-    report = check(subject, dataset, seed=options.seed)
+    try:
+        report = check(subject, dataset, seed=options.seed)
+    except KeyboardInterrupt:
+        keeps = getattr(check, "keep", None)
+        how = f"finished pieces are kept in {keeps}; the same command goes on" if keeps else "nothing was kept"
+        raise KeyboardInterrupt(f"interrupted; {how}.") from None
     line, expression = twin_of(options.model, weights=options.weights, num_classes=classes)
     module, kind = target.split(":")
     more = "".join(f", {k}={v!r}" for k, v in (("split", options.split), ("limit", options.limit)) if v is not None)
     size = f", size={options.resize}" if options.resize else ""
+    if options.model.startswith("python:") and takes_pixels(subject.model):
+        size += ", mean=(0.0,) * 3, std=(1.0,) * 3"
     twin = (
         f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n"
         f"data = lynceus.data.open({options.data!r}{more})\n"
@@ -85,3 +96,21 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     )
     show(report, out=options.out, twin=twin)
     return 0
+
+
+def _asked(check: Any) -> str:
+    """Source text of `check`, with what differs from its defaults."""
+    given = {f.name: getattr(check, f.name) for f in fields(check)}
+    changed = {f.name: given[f.name] for f in fields(check) if given[f.name] != f.default}
+    parts = [f"{name}={(str(v) if isinstance(v, Path) else v)!r}" for name, v in changed.items()]
+    return f"{type(check).__name__}({', '.join(parts)})"
+
+
+def _sensible(check: Any) -> None:
+    """Numbers that mean nothing, before the data is opened. Whoever gives a check no time at all wants no check."""
+    from lynceus.core.errors import AdviceError
+    from lynceus.core.guard import sensible
+
+    sensible(check)
+    if getattr(check, "seconds", None) == 0:
+        raise AdviceError("--seconds 0 leaves no time for a single image; give more, or leave it out for no limit.")

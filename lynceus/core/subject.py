@@ -89,6 +89,12 @@ class Subject:
         if mean is not None or std is not None:
             normalise = Normalise(mean or (0.0,) * 3, std or (1.0,) * 3)
         elif normalise is None and isinstance(inner, nn.Module) and not owns_pixels(inner):
+            if isinstance(getattr(inner, "mean", None), Tensor):
+                raise AdviceError(
+                    f"{name or type(inner).__name__} keeps a tensor `mean` of its own, as models do that normalise "
+                    "their pixels themselves. Subject(model, mean=(0.0,) * 3, std=(1.0,) * 3) gives it RGB in [0, 1] "
+                    "as they are; other numbers normalise before it."
+                )
             config = getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}
             normalise = Normalise(
                 getattr(inner, "mean", None) or config.get("mean", IMAGENET_MEAN),
@@ -199,7 +205,8 @@ class Subject:
         """Raises, before any long work, when a check asks for what this subject cannot give."""
         if "gradients" in needs and not (self.needs_grad and isinstance(self.model, nn.Module)):
             raise AdviceError(
-                f"This check needs gradients, and {self.name} gives none; pass a torch module with needs_grad=True."
+                f"This check needs gradients, and {self.name} gives none; pass a torch module (python:MODULE:NAME of "
+                "one on the command line) with needs_grad=True, or take a check that asks for answers only (game)."
             )
         if "features" in needs and self._features is None and not isinstance(self.model, nn.Module):
             raise AdviceError(
