@@ -133,6 +133,11 @@ class Remote:
             value = value[key]
             if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
                 value = value[0]
+        if isinstance(value, list) and any(isinstance(v, float) and not math.isfinite(v) for v in value):
+            raise AdviceError(
+                f"{self.url} answers a picture with numbers that are not finite (NaN or infinity): {shown!r}. Look at "
+                "what the service computes for it; nothing is known of a class without a number."
+            )
         if not _is_row(value):
             raise AdviceError(f"{self.url} gives no row of at least two numbers: {shown!r}.")
         return [float(v) for v in value]

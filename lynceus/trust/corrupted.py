@@ -22,6 +22,7 @@ from torch import Tensor
 from lynceus.core import plots
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.guard import sensible
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.ledger import Ledger
 from lynceus.core.progress import progress
@@ -79,6 +80,7 @@ class Corrupted:
 
     def __call__(self, subject: Subject, data: Iterable[Sample], *, seed: int = 0) -> Report:
         """One row per corruption. arrays: "errors" (corruptions, severities), nan where time ran out."""
+        sensible(self)
         began = time.monotonic()
         names, severities = chosen(self.corruptions), self._severities()
         if self.scale not in ("auto", *SEVERITIES):
@@ -310,8 +312,12 @@ def _fill(report: Report, run: _Run, base: Reference | None) -> None:
     worst, least = max(means, key=lambda n: means[n]), min(means, key=lambda n: means[n])
     report.answer = (
         f"{run.subject.name} is wrong on {100 * clean:.1f}% of the clean pictures and on "
-        f"{100 * float(np.mean(list(means.values()))):.1f}% of the corrupted ones; worst is {worst} "
-        f"({100 * means[worst]:.1f}%), mildest {least} ({100 * means[least]:.1f}%)."
+        f"{100 * float(np.mean(list(means.values()))):.1f}% of the corrupted ones"
+        + (
+            f"; worst is {worst} ({100 * means[worst]:.1f}%), mildest {least} ({100 * means[least]:.1f}%)."
+            if len(means) > 1
+            else f" ({worst})."
+        )
     )
 
 

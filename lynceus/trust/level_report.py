@@ -106,7 +106,9 @@ def summarise(report: Report, drop: float, seed: int) -> None:
     if "contrast rmse" in a and np.isfinite(a["contrast rmse"]).any():
         flip = report.summary["RMSE of the smallest flip"] = float(np.nanmedian(a["contrast rmse"]))
         times = float(np.median(a["moved"])) / max(flip, 1e-12)
-        report.answer += f"; the smallest change that flips the answer is {times:.0f} times smaller than theirs"
+        report.answer += (
+            f"; they lie {times:.1f} times as far from the source as the smallest change that flips the answer"
+        )
     report.answer += "."
     stuck = report.summary["walks that never moved"]
     if stuck:

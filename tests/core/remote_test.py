@@ -101,7 +101,7 @@ def test_probabilities_become_logits(address, images):
         ("/keys", "keys.*label"),
         ("/one", "at least two numbers"),
         ("/words", "no row"),
-        ("/nan", "no row"),
+        ("/nan", "not finite"),
         ("/large", "more than 4 MB"),
     ],
 )
