@@ -26,6 +26,8 @@ POINTWISE = ("autocontrast", "equalize", "posterize", "solarize")
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 CHANGES = POINTWISE + GEOMETRIC
 CACHED = 1 << 20  # values of the chains that are worked on together, so that they stay in the processor's cache
+SHIFTS = CHANGES.index("translate_x")  # from here on, changes move whole pixels
+FEW = 64 * 64  # pictures of fewer pixels are shifted in one interpolation with the other moves
 LEVELS = 10  # severity at which a change is as strong as it gets
 
 
@@ -100,6 +102,11 @@ def _change(chains: Tensor, kind: np.ndarray, strength: np.ndarray, sign: np.nda
             index = torch.from_numpy(at).to(chains.device)
             amount = torch.from_numpy(strength[at]).to(chains.device)
             _put(chains, index, _pointwise(chains.index_select(0, index), name, amount))
+    if h * w >= FEW:
+        for i in np.flatnonzero(kind >= SHIFTS):
+            across, down = _shift(int(kind[i]) - SHIFTS, float(strength[i]), float(sign[i]), h, w)
+            shifted(chains[i], across, down)
+        kind = np.where(kind < SHIFTS, kind, -1)
     at = np.flatnonzero(kind >= len(POINTWISE))
     if len(at):
         moves = affine(kind[at] - len(POINTWISE), strength[at], sign[at], h, w)
@@ -184,6 +191,21 @@ def affine(kind: np.ndarray, strength: np.ndarray, sign: np.ndarray, h: int, w: 
     made[:, 0, 2] = np.where(kind == 3, sign * np.floor(strength * w / 3), made[:, 0, 2])
     made[:, 1, 2] = np.where(kind == 4, sign * np.floor(strength * h / 3), made[:, 1, 2])
     return made
+
+
+def _shift(axis: int, strength: float, sign: float, h: int, w: int) -> tuple[int, int]:
+    """(across, down): how many pixels from where it comes from a pixel lies, as in `affine`."""
+    amount = int(sign) * int(strength * (h if axis else w) / 3)
+    return (0, amount) if axis else (amount, 0)
+
+
+def shifted(image: UInt8[Tensor, "c h w"], across: int, down: int) -> None:
+    """The pixel at (x + across, y + down) put at (x, y), in place; black where there is none."""
+    _, h, w = image.shape
+    before = image.clone()
+    image.zero_()
+    there = before[:, max(0, down) : h + min(0, down), max(0, across) : w + min(0, across)]
+    image[:, max(0, -down) : h + min(0, -down), max(0, -across) : w + min(0, -across)] = there
 
 
 def moved(image: UInt8[Tensor, "n c h w"], matrix: Tensor) -> UInt8[Tensor, "n c h w"]:

@@ -69,6 +69,19 @@ def test_moves_are_pillows_within_a_level(size, kind, sign):
     assert (apart > 0).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_large_pictures_are_shifted_by_copies_as_small_ones_by_interpolation(kind, sign):
+    x = pictures(6, 70, 90)
+    strength = np.linspace(0, 0.9, 6)
+    number = np.full(6, kind)
+    want = am.moved(x, torch.from_numpy(am.affine(number, strength, np.full(6, sign), 70, 90)))
+    made = x.clone()
+    am._change(made, number + len(am.POINTWISE), strength, np.full(6, sign))
+    assert torch.equal(made, want)
+    assert not torch.equal(made[1:], x[1:])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 5),
