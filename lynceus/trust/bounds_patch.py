@@ -14,7 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lynceus.trust.bounds_ops import Convolution, Dense, Duels, Node, Operator, Pick, Scale, Shape, Sum, Winner, Winners
+from lynceus.trust.bounds_ops import (
+    Convolution,
+    Dense,
+    Duels,
+    Node,
+    Operator,
+    Pick,
+    Scale,
+    Shape,
+    Sum,
+    View,
+    Winner,
+    Winners,
+)
 
 MATRIX = 1 << 20  # entries of a convolution on one window that is written as a matrix
 
@@ -112,6 +125,8 @@ def has_windows(op: Operator) -> bool:
         return op.window is not None
     if isinstance(op, Dense):
         return bool(op.steps)
+    if isinstance(op, View):
+        return min(len(op.before), len(op.after)) > 2 and op.before[-2:] == op.after[-2:]
     return isinstance(op, (Scale, Sum, Winner, Duels, Winners))
 
 
@@ -124,6 +139,8 @@ def step(node: Node, patch: Patch) -> tuple[Patch | None, ...]:
             assert before is not None
             patch = before
         return (patch,)
+    if isinstance(op, View):
+        return (replace(patch, c=patch.c.reshape(*patch.c.shape[:2], *op.before[:-2], *patch.c.shape[-2:])),)
     if isinstance(op, (Convolution, Pick)):
         patch = patch.masked(node.shape)
     c = patch.c
