@@ -169,9 +169,9 @@ def posterize(image: UInt8[Tensor, "n c h w"], bits: Tensor) -> UInt8[Tensor, "n
 
 def solarize(image: UInt8[Tensor, "n c h w"], threshold: Tensor) -> UInt8[Tensor, "n c h w"]:
     """Values from `threshold` (n,) on are inverted; 256 changes nothing."""
-    last = (threshold - 1).view(-1, 1, 1, 1)
-    bright = (image > last.clamp(0, 255).to(torch.uint8)) | (last < 0)
-    return torch.where(bright, 255 - image, image)
+    bright = image >= threshold.clamp(max=255).to(torch.uint8).view(-1, 1, 1, 1)
+    inverted = ((threshold < 256) * 255).to(torch.uint8).view(-1, 1, 1, 1)
+    return image ^ bright.view(torch.uint8).mul_(inverted)
 
 
 def affine(kind: np.ndarray, strength: np.ndarray, sign: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -223,4 +223,5 @@ def moved(image: UInt8[Tensor, "n c h w"], matrix: Tensor) -> UInt8[Tensor, "n c
         torch.sub(at.mul_(2 / side), 1, out=grid[..., axis])
     out = F.grid_sample(image.to(torch.float32), grid, padding_mode="border", align_corners=False)
     # a five-hundredth of a level keeps whole numbers whole in single precision
-    return out.add_(0.002).to(torch.uint8).mul_(inside[:, None])
+    # by way of int16, which is a quicker way to bytes
+    return out.add_(0.002).to(torch.int16).to(torch.uint8).mul_(inside.view(torch.uint8)[:, None])

@@ -104,7 +104,9 @@ def _apply(batch: Tensor, name: str, constants: Any, draws: Draws, scale: Scale,
     else:
         out = _DRAWN[name](x, constants, draws)
     out = out.clamp(0, 1).mul_(255)
-    return out.to(torch.uint8) if out.dtype == torch.float64 else out.add_(SLACK).to(torch.uint8)
+    if out.dtype != torch.float64:
+        out = out.add_(SLACK)
+    return out.to(torch.int16).to(torch.uint8)  # two quick steps; from float to bytes is a slow one
 
 
 _FILED: dict[str, Callable[[Tensor, Any], Tensor]] = {
