@@ -132,7 +132,7 @@ def test_the_digits_mlp_agrees_with_brute_force_on_390625_points():
     net, (_, _, x, _) = digits_mlp(0), digits8()
     network = trace(net, (1, 8, 8))
     kinds = Counter()
-    for image in x[[0, 14]]:
+    for image in x[[0, 2]]:
         dims = largest(image, 8).tolist()
         verdict = verify(net, image, dims=dims, step=0.25, count=2, network=network)
         assert (verdict.kind == "safe") == brute(net, image, dims, 0.25, 2, (0.0, 1.0))
