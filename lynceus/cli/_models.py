@@ -24,6 +24,12 @@ def looks_like_path(text: str) -> bool:
     return Path(text).exists() or "/" in text or "\\" in text or text.endswith((".safetensors", ".json"))
 
 
+def is_name(text: str) -> bool:
+    """Whether `text` names a kind of model, with no weights: neither a file, an address nor a Python name."""
+    others = text.startswith(("http://", "https://", "python:"))
+    return not others and (text.startswith("timm:") or not looks_like_path(text))
+
+
 def open_model(text: str, *, weights: Path | None = None, num_classes: int | None = None) -> nn.Module:
     """The module that `text` names, in eval mode: a Task's predictor for run folders, else a fresh backbone."""
     if not text.startswith("timm:") and looks_like_path(text):

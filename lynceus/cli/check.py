@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_subject, takes_pixels, twin_of
+from lynceus.cli._models import is_name, open_subject, takes_pixels, twin_of
 from lynceus.cli._run import run_folder, show
 from lynceus.cli._schema import merged, one_of, parse, with_options
 
@@ -66,6 +67,7 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     check = merged(options, "check")
     _sensible(check)
     import lynceus.data
+    from lynceus.core.rng import borrowed
 
     dataset = lynceus.data.open(options.data, split=options.split, limit=options.limit)
     if options.out is not None:
@@ -74,23 +76,39 @@ def run(name: str, argv: Sequence[str], *, prog: str) -> int:
     asked = _asked(check)
     if options.out is not None and getattr(check, "keep", options.out) is None:
         check = replace(check, keep=options.out)  # finished pieces: a second run of the same command goes on
-    subject = open_subject(
-        options.model, weights=options.weights, num_classes=classes, classes=dataset.classes, size=options.resize
+    untrained = options.weights is None and is_name(options.model)
+    with borrowed(options.seed, "weights"):  # a model by its name alone: the same random weights in every run
+        subject = open_subject(
+            options.model, weights=options.weights, num_classes=classes, classes=dataset.classes, size=options.resize
+        )
+    untold = (
+        f"{options.model} has random weights, drawn with seed {options.seed}: it has learnt nothing, and neither do "
+        "figures of its answers tell anything. Give --weights FILE, or the run folder of `lynceus train`."
     )
+    if untrained:
+        print(f"lynceus check: {untold}", file=sys.stderr)
     try:
         report = check(subject, dataset, seed=options.seed)
     except KeyboardInterrupt:
         keeps = getattr(check, "keep", None)
         how = f"finished pieces are kept in {keeps}; the same command goes on" if keeps else "nothing was kept"
         raise KeyboardInterrupt(f"interrupted; {how}.") from None
+    if untrained:
+        report.notes.append(untold)
     line, expression = twin_of(options.model, weights=options.weights, num_classes=classes)
     module, kind = target.split(":")
     more = "".join(f", {k}={v!r}" for k, v in (("split", options.split), ("limit", options.limit)) if v is not None)
     size = f", size={options.resize}" if options.resize else ""
     if options.model.startswith("python:") and takes_pixels(subject.model):
         size += ", mean=(0.0,) * 3, std=(1.0,) * 3"
+    if untrained:
+        line += "\nfrom lynceus.core.rng import borrowed"
+        made, expression = expression, "model"
+        before = f'with borrowed({options.seed}, "weights"):\n    model = {made}\n'
+    else:
+        before = ""
     twin = (
-        f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n"
+        f"import lynceus.data\nfrom lynceus import Subject\n{line}\nfrom {module} import {kind}\n\n{before}"
         f"data = lynceus.data.open({options.data!r}{more})\n"
         f"report = {asked}(Subject({expression}{size}), data, seed={options.seed})\nprint(report.table())"
     )

@@ -10,8 +10,10 @@ from lynceus import Subject
 from lynceus.cli.__main__ import main
 from lynceus.core.errors import AdviceError
 from lynceus.core.guard import sensible
+from lynceus.core.report import Report
 from lynceus.trust.attacked import Attacked
 from lynceus.trust.level_sets import BlindSpots
+from lynceus.trust.shift import ShiftConsistency
 
 FILE = '''
 import torch
@@ -174,3 +176,23 @@ def test_a_stop_says_whether_a_second_run_goes_on(mine, capsys, monkeypatch, out
     assert main(["check", "attacks", mine + "fixed", "digits", "--limit", "2", *out]) == 130
     said = capsys.readouterr().err
     assert ("kept in found; the same command goes on" if out else "nothing was kept") in said
+
+
+def test_a_model_by_its_name_alone_is_called_untrained_and_is_the_same_in_every_run(capsys, tmp_path, monkeypatch):
+    def answer(self, subject, data, *, seed=0):
+        with torch.no_grad():
+            return Report(name="shift", arrays={"said": subject(torch.full((1, 3, 8, 8), 0.5)).numpy()})
+
+    monkeypatch.setattr(ShiftConsistency, "__call__", answer)
+    said = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        out = tmp_path / name
+        assert main(["check", "shift", "resnet_nano", "digits", "--seed", seed, "--out", str(out)]) == 0
+        captured = capsys.readouterr()
+        assert "has random weights" in captured.err
+        assert f'with borrowed({seed}, "weights"):' in captured.out
+        report = Report.load(out)
+        assert "has learnt nothing" in " ".join(report.notes)
+        said.append(report.arrays["said"])
+    assert (said[0] == said[1]).all()
+    assert (said[0] != said[2]).any()
