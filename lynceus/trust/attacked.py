@@ -291,7 +291,7 @@ def _fill(
     if len(finite):
         report.summary["median smallest change"] = float(np.median(finite))
     halved = next((r for r, e in enumerate(radii) if 1 - broken[-1, :, r].mean() <= clean.mean() / 2), None)
-    at = "" if halved is None else f" Half of the right answers are gone at {_radius(radii[halved], check.norm)}."
+    at = "" if halved is None or not clean.any() else f" Half of them are lost at {_radius(radii[halved], check.norm)}."
     worst = 1 - float(broken[-1, :, -1].mean())
     report.answer = (
         f"{100 * clean.mean():.1f}% of {count} images are answered rightly, and {100 * worst:.1f}% still are when an "
