@@ -9,8 +9,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from lynceus.cli._run import Code, call, indent
+from lynceus.cli._run import Code, call, indent, run_folder
 from lynceus.cli._schema import parse
+from lynceus.core.errors import AdviceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,13 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="lynceus data corrupt")
+    if options.side is not None and options.side < 1:
+        raise AdviceError(f"--side is 1 pixel or more, not {options.side}; without it nothing is resized.")
     import lynceus.data
     from lynceus.data.corrupt import corrupt_dataset
 
     dataset = lynceus.data.open(options.source, split=options.split, limit=options.limit)
+    run_folder(options.out, "data", "corrupt", resume=True)  # said before the work when it cannot be written
     folder = corrupt_dataset(
         dataset,
         options.out,

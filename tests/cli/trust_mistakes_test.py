@@ -196,3 +196,17 @@ def test_a_model_by_its_name_alone_is_called_untrained_and_is_the_same_in_every_
         said.append(report.arrays["said"])
     assert (said[0] == said[1]).all()
     assert (said[0] != said[2]).any()
+
+
+def test_a_corrupted_copy_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    corrupt = ["data", "corrupt", "digits", "--limit", "2", "--corruptions", "fog", "--severities", "1"]
+    told(capsys, [*corrupt, "--side", "-3", "--out", "new"], "--side", "-3")
+    told(capsys, [*corrupt, "--out", "file"], "is a file; give a folder")
+    told(capsys, [*corrupt, "--out", "file/below"], "cannot be written")
+    assert "2 pictures" in works(capsys, [*corrupt, "--out", "new"])
+
+
+def test_pictures_without_masks_name_the_option_that_guesses_them(mine, capsys):
+    told(capsys, ["check", "edits", mine + "fixed", "digits", "--limit", "2"], "no mask", "--masks grabcut")

@@ -130,7 +130,7 @@ def main_mask(sample: Sample, name: str = "", *, which: int | None = None) -> tu
     if masks is None or len(masks) == 0:
         raise AdviceError(
             f"{name} has no mask, and edits need to know the object. Open data with masks (COCO, folders images/ and "
-            'masks/), set Sample(masks=(k, h, w) bool), or guess them: Edits(masks="grabcut").'
+            'masks/), set Sample(masks=(k, h, w) bool), or guess them: Edits(masks="grabcut"), --masks grabcut.'
         )
     if tuple(masks.shape[-2:]) != size:
         raise AdviceError(f"{name} is {size} and its masks are {tuple(masks.shape[-2:])}; bring them to one size.")
