@@ -305,10 +305,10 @@ def test_unknown_comes_in_time_and_is_never_safe(goal):
         assert few.kind == "unknown"
         assert few.boxes >= 40
         start = time.perf_counter()
-        timed = verify(net, x, step=0.1, count=1, goal=goal, label=label, budget=Budget(seconds=1.0))
+        timed = verify(net, x, step=0.1, count=1, goal=goal, label=label, budget=Budget(seconds=0.6))
         assert timed.kind != "safe"
         assert timed.note
-        assert time.perf_counter() - start >= 0.75  # it used the time it was given; bench/trust_verify measures the end
+        assert time.perf_counter() - start >= 0.45  # it used the time it was given; bench/trust_verify measures the end
 
 
 def test_radius_is_bracketed_and_its_witness_replays():
@@ -429,17 +429,28 @@ def test_a_verdict_is_true_only_when_safe():
     assert float(bounds(digits_mlp(0), Box(torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))).upper.max()) > 0
 
 
+@pytest.mark.slow
 def test_a_query_travels_as_onnx_and_vnnlib(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    from lynceus.trust.vnnlib import export_query
+    from lynceus.trust.vnnlib import export_query, to_vnnlib
 
     net, (_, _, x, _) = digits_mlp(0), digits8()
     subject = Subject(net, mean=(0.1,), std=(0.5,))
-    model, text = export_query(subject, x[0], tmp_path, step=0.25, dims=[3, 9])
+    options = {"step": 0.25, "dims": [3, 9]}
+    model, text = export_query(subject, x[0], tmp_path, **options)
     session = runtime.InferenceSession(str(model))
     (logits,) = session.run(None, {session.get_inputs()[0].name: x[:1].numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), subject(x[:1]), atol=1e-4, rtol=1e-4)
-    lines = text.read_text().splitlines()
+    assert text.read_text() == to_vnnlib(ask(subject, x[0], count=1, clip=(0.0, 1.0), label=None, **options))
+
+
+def test_vnnlib_names_every_input_and_every_other_class():
+    from lynceus.trust.vnnlib import to_vnnlib
+
+    net, (_, _, x, _) = digits_mlp(0), digits8()
+    subject = Subject(net, mean=(0.1,), std=(0.5,))
+    text = to_vnnlib(ask(subject, x[0], step=0.25, count=1, dims=[3, 9], clip=(0.0, 1.0), label=None))
+    lines = text.splitlines()
     low = [float(line.split()[-1].rstrip(")")) for line in lines if line.startswith("(assert (>= X_")]
     high = [float(line.split()[-1].rstrip(")")) for line in lines if line.startswith("(assert (<= X_")]
     flat = x[0].flatten().double()
@@ -449,7 +460,7 @@ def test_a_query_travels_as_onnx_and_vnnlib(tmp_path):
         assert b == min(1.0, float(flat[i]) + reach)
     label = int(subject(x[:1]).argmax())
     assert sum(f"Y_{label}))" in line for line in lines) == 9
-    assert text.read_text().count("(") == text.read_text().count(")")
+    assert text.count("(") == text.count(")")
 
 
 def test_another_engine_is_asked_for_by_name():
