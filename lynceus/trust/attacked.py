@@ -358,7 +358,9 @@ def _draw(
             f"{material.name(answer)}, {_radius(float(distance[i]), check.norm)}",
             f"change x{0.5 / max(most, 1e-12):.0f}",
         ]
-    report.figures["adversarial images.png"] = plots.image_grid(pictures, captions, columns=6)
+    report.figures[
+        "adversarial images: the original, the new answer and the size of the change, the change itself.png"
+    ] = plots.image_grid(pictures, captions, columns=6)
 
 
 def _column(attack: str) -> str:

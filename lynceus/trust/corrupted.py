@@ -340,7 +340,7 @@ def _draw(report: Report, check: Corrupted, run: _Run) -> None:
         high=1.0,
     )
     worst = run.names[reached[int(np.argmax(errors[reached].mean(1)))]]
-    report.figures[f"worst corruption: {worst}.png"] = _gallery(check, run, worst)
+    report.figures[f"worst corruption: {worst}, by severity, with the answer.png"] = _gallery(check, run, worst)
     top = run.severities[-1]
     one = slice(0, 1)
     pictures = [run.picture("clean", 0, 0, one)[0], *(run.picture(n, top, 0, one)[0] for n in run.names)]

@@ -167,6 +167,11 @@ def shift(
             known = labels >= 0
             row["accuracy"] = float((base["answer"][known] == labels[known]).double().mean())
         report.rows.append(row)
+    stored = (images.shape[-2], images.shape[-1])
+    if labels is not None and size != stored:
+        report.notes.append(
+            f"Accuracy is that of views of {size}, cut from images of {stored}; views leave room to move."
+        )
     _certificate(report, subject, images, max(reach))
     return report
 

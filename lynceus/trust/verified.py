@@ -86,9 +86,17 @@ class Verify:
             raise unknown("method", str(self.method), ("auto", "ibp", "crown-ibp", "crown"))
         if self.pixels < 0 or self.radius < 0 or not self.step > 0 or self.count < 1:
             raise AdviceError("Verify wants pixels >= 0, radius >= 0, step > 0 and count >= 1.")
+        if self.radius > 1 or self.step > 1:
+            raise AdviceError(
+                f"Pixels are in [0, 1], so a step or radius above 1 says nothing more: step {self.step:g}, radius "
+                f"{self.radius:g}. For levels of 255 divide by 255: step={self.step / 255:.3g}."
+            )
         subject.require(self.needs)
         material = collect(subject, data, needs=self.needs, limit=self.limit)
         report = Report(name="verification", environment=environment(seed), notes=list(material.notes))
+        values = material.images[0].numel()
+        if self.pixels > values:
+            raise AdviceError(f"An image here has {values} values, fewer than pixels={self.pixels}; 0 takes them all.")
         network = trace(subject, material.images.shape[1:])
         run = _Run(self, subject, material, network, seed)
         if self.method == "auto" and run.method != "crown":

@@ -421,6 +421,13 @@ def test_the_check_refuses_what_it_cannot_prove_before_any_work():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 10)).eval()
     with pytest.raises(AdviceError, match=r"1.2 \(GELU\)"):
         Verify()(grey(net), digits_samples(2))
+    for check, words in (
+        (Verify(step=26.0), "divide by 255"),
+        (Verify(radius=2.0), "radius"),
+        (Verify(pixels=999), "0 takes"),
+    ):
+        with pytest.raises(AdviceError, match=words):
+            check(digits_subject(), digits_samples(2))
 
 
 def test_a_verdict_is_true_only_when_safe():
