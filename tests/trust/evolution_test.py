@@ -298,7 +298,7 @@ def test_only_some_classes_can_be_asked_for():
     [
         ({"population": 7}, "even"),
         ({"generations": -1}, "at least 0"),
-        ({"queries": 10}, "too few"),
+        ({"queries": 10}, "asks for 20 answers, and of the queries 10 are left"),
         ({"classes": [4]}, "classes 0 to 3"),
         ({"goal": 1.0}, "between 0 and 1"),
     ],

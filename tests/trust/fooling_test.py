@@ -133,7 +133,7 @@ def test_options_of_the_ascent(net, options):
         (lambda s: AscentConfig(blur_every=1, blur=0.1), "at least 0.3"),
         (lambda s: AscentConfig(start="ones"), "start"),
         (lambda s: evolve(s, (2, 8, 8)), "1 or 3 channels"),
-        (lambda s: evolve(s, (1, 12, 12)), "fails on images"),
+        (lambda s: evolve(s, (1, 12, 12)), "cannot answer images of 12 x 12 pixels"),
         (lambda s: evolve(s, DIGIT, "neat"), "encoding"),
         (lambda s: evolve(s, DIGIT, real=torch.rand(3, 1, 7, 7)), "equal shapes"),
         (lambda s: evolve(s, DIGIT, real=torch.rand(3, *DIGIT) * 255), r"\[0, 1\]"),

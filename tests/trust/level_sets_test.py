@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -471,7 +472,10 @@ def test_bad_input_is_one_error_before_any_walk(sure, pairs):
         walk(lambda x: net(x).detach(), sources, targets, labels)
     with pytest.raises(AdviceError, match="gradients"):
         BlindSpots()(Subject(lambda x: net(x)), samples(10))
-    with pytest.raises(AdviceError, match="answers rightly"):
+    with pytest.raises(AdviceError, match=r"a probability, from 0 to 1, not 1\.1"):
         BlindSpots(confident=1.1)(Subject(Grey(sure)), samples(10))
+    wrong = [replace(s, label=(s.label + 1) % 10) for s in samples(10)]
+    with pytest.raises(AdviceError, match="answers rightly"):
+        BlindSpots(confident=0.9)(Subject(Grey(sure)), wrong)
     with pytest.raises(AdviceError, match="lattice"):
         lattice("other")
