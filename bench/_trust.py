@@ -53,23 +53,28 @@ def trained(
     return net.eval()
 
 
+def small_cnn(classes: int = 10) -> nn.Sequential:
+    """Two 3x3 convolutions, pooling, two linear layers on grey digits (b, 1, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )
+
+
 @cache
-def digits_cnn(seed: int = 0) -> nn.Module:
-    """Two 3x3 convolutions, pooling, two linear layers on grey digits (b, 1, 8, 8); 98 to 99% of the test digits."""
+def digits_cnn(seed: int = 0, epochs: int = 15) -> nn.Module:
+    """`small_cnn` trained on digits: 98 to 99% of the test digits; after 40 epochs it is as sure as the cards' nets
+    (median probability .999)."""
     x, y, _, _ = digits8()
     with borrowed(seed, "digits cnn"):
-        net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(512, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
-        return trained(net, x, y, seed=seed, epochs=15)
+        return trained(small_cnn(), x, y, seed=seed, epochs=epochs)
 
 
 @cache

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench._trust import cifar, cifar_cnn, digits8, digits_cnn, trained
+from bench._trust import cifar, cifar_cnn, digits8, digits_cnn, small_cnn, trained
 from lynceus import Subject
 from lynceus.core.environment import environment
 from lynceus.core.errors import AdviceError
@@ -30,21 +30,6 @@ from lynceus.trust.pixels import Pixels
 from lynceus.trust.real import resemblance
 
 DIGIT = (1, 8, 8)
-
-
-def small_cnn(classes: int = 10) -> nn.Sequential:
-    """The network of `digits_cnn`."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(512, 64),
-        nn.ReLU(),
-        nn.Linear(64, classes),
-    )
 
 
 @cache

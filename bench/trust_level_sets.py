@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench._nets import ConvNet
-from bench._trust import KEPT, Centre, cifar, cifar_cnn, digits8, trained
+from bench._trust import KEPT, Centre, cifar, cifar_cnn, digits8, digits_cnn
 from lynceus.core.environment import environment
 from lynceus.core.rng import borrowed, generator
 from lynceus.core.subject import Subject
@@ -37,22 +37,9 @@ from lynceus.trust.walks import walk
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def sure_cnn(epochs: int = 40) -> nn.Module:
-    """The digits CNN, trained until it is as sure as the card's (median probability .999)."""
-    x, y, _, _ = digits8()
-    with borrowed(0, "digits cnn"):
-        net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(512, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
-        return trained(net, x, y, seed=0, epochs=epochs)
+def sure_cnn() -> nn.Module:
+    """The digits CNN, trained until it is as sure as the card's."""
+    return digits_cnn(epochs=40)
 
 
 def digit_pairs(net: nn.Module, count: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
