@@ -336,10 +336,8 @@ def _answer(report: Report) -> str:
     if "accuracy" in s:
         said.append(f"right on {s['accuracy']:.1%} of clean images")
     if "under attack, 8/255" in s:
-        right = "" if said else "right "
-        said.append(
-            f"{right}on {s['under attack, 8/255']:.1%} when an attacker may move every pixel by 8 of 255 levels"
-        )
+        share = f"on {s['under attack, 8/255']:.1%} when an attacker may move every pixel by 8 of 255 levels"
+        said.append(share if said else f"right {share}")
     left = [r for r in report.rows if r["state"] in ("left out", "not possible", "failed")]
     done = len(report.rows) - len(left)
     text = f"{done} of {len(report.rows)} sections ran"
