@@ -8,7 +8,7 @@ from pathlib import Path
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.data.dataset import Dataset
 from lynceus.data.formats import arrays, coco, csv_table, hub, masks, shards, voc, yolo
-from lynceus.data.formats.write import fresh, save_picture
+from lynceus.data.formats.write import class_folder, fresh, save_picture
 
 _WRITERS = {
     "array": arrays.write,
@@ -54,5 +54,5 @@ def _write_folder(dataset: Dataset, folder: Path) -> None:
         sample = dataset[i]
         place = folder if dataset.splits is None else folder / str(dataset.splits[i])
         if sample.label is not None:
-            place = place / (dataset.classes or [])[int(sample.label)]
+            place = class_folder(place, (dataset.classes or [])[int(sample.label)])
         save_picture(sample, place, i)

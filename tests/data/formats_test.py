@@ -503,3 +503,12 @@ def test_filled_outlines_are_the_pixels_whose_centre_is_inside():
         assert (fill([polygon], (40, 50)).numpy() == inside).all()
     star = [np.array([[0, 0], [40, 40], [40, 0], [0, 40]], dtype=float)]
     assert 0 < int(fill(star, (40, 40)).sum()) < 1600
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "..", "", "a/b", "a\\b"])
+def test_a_class_that_leads_out_of_the_folder_is_refused(name, tmp_path):
+    from lynceus.data.formats.write import class_folder
+
+    with pytest.raises(AdviceError, match="cannot be a folder's name"):
+        class_folder(tmp_path, name)
+    assert class_folder(tmp_path, "..cat") == tmp_path / "..cat"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,24 @@ from lynceus.core.types import Sample, as_float
 from lynceus.data.corrupt.suite import chosen, corrupt, natural_scale, picture_generators
 from lynceus.data.corrupt.tables import SEVERITIES, Scale
 from lynceus.data.dataset import Dataset
+from lynceus.data.formats.write import class_folder
 from lynceus.data.sources import Pixels
 
 MANIFEST = "corrupted.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Copy:
+    """What is copied, where to, and how: the arguments of `corrupt_dataset`."""
+
+    dataset: Dataset
+    target: Path
+    severities: Sequence[int]
+    scale: Literal["auto", "imagenet", "cifar"]
+    side: int | None
+    quality: int | None
+    seed: int
+    batch_size: int
 
 
 def corrupt_dataset(
@@ -77,6 +93,10 @@ def corrupt_dataset(
         "classes": dataset.classes,
     }
     target, done = _opened(Path(os.path.abspath(os.path.expanduser(folder))), options)
+    copy = _Copy(
+        dataset=dataset, target=target, severities=levels, scale=scale, side=side, quality=quality, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
     total = len(names) * len(levels) * len(dataset)
     with progress("corrupting", total=total, unit="pictures", quiet=quiet) as bar:
         for name in names:
@@ -84,7 +104,7 @@ def corrupt_dataset(
                 bar.advance(len(levels) * len(dataset))
                 continue
             write = _write_array if layout == "array" else _write_folder
-            write(dataset, target, name, levels, scale, side, quality, seed, batch_size, bar)
+            write(copy, name, bar)
             done.append(name)
             _note(target, options, done)
     return target
@@ -160,34 +180,23 @@ def _batches(dataset: Dataset, side: int | None, batch_size: int) -> Iterator[tu
     yield start, [s for s, _ in held], torch.stack([x for _, x in held])
 
 
-def _made(images: Tensor, name: str, severity: int, scale: str, seed: int, start: int) -> np.ndarray:
+def _made(images: Tensor, name: str, severity: int, copy: _Copy, start: int) -> np.ndarray:
     """(b, h, w, 3) uint8."""
     high, wide = images.shape[-2:]
-    constants: Scale = natural_scale(high, wide) if scale == "auto" else scale  # type: ignore[assignment]
-    seeds = picture_generators(seed, name, severity, range(start, start + len(images)))
+    constants: Scale = natural_scale(high, wide) if copy.scale == "auto" else copy.scale
+    seeds = picture_generators(copy.seed, name, severity, range(start, start + len(images)))
     out = corrupt(images, name, severity, generator=seeds, scale=constants)
     return out.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _write_array(
-    dataset: Dataset,
-    target: Path,
-    name: str,
-    severities: Sequence[int],
-    scale: str,
-    side: int | None,
-    quality: int | None,
-    seed: int,
-    batch_size: int,
-    bar: Any,
-) -> None:
-    n, room = len(dataset), None
-    part = target / f".{name}.part"
+def _write_array(copy: _Copy, name: str, bar: Any) -> None:
+    n, room = len(copy.dataset), None
+    part = copy.target / f".{name}.part"
     labels = np.full(n, -1, dtype=np.int64)
-    for start, samples, images in _batches(dataset, side, batch_size):
+    for start, samples, images in _batches(copy.dataset, copy.side, copy.batch_size):
         high, wide = images.shape[-2:]
         if room is None:
-            shape = (len(severities) * n, high, wide, 3)
+            shape = (len(copy.severities) * n, high, wide, 3)
             room = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         if room.shape[1:3] != (high, wide):
             part.unlink()
@@ -196,41 +205,30 @@ def _write_array(
                 "holds one size. Give side=SIDE, or layout='folder'."
             )
         labels[start : start + len(samples)] = [-1 if s.label is None else int(s.label) for s in samples]
-        for level, severity in enumerate(severities):
+        for level, severity in enumerate(copy.severities):
             at = level * n + start
-            room[at : at + len(images)] = _made(images, name, severity, scale, seed, start)
+            room[at : at + len(images)] = _made(images, name, severity, copy, start)
             bar.advance(len(images))
     assert room is not None
     room.flush()
     del room
-    os.replace(part, target / f"{name}.npy")
-    np.save(target / "labels.npy", np.tile(labels, len(severities)))
+    os.replace(part, copy.target / f"{name}.npy")
+    np.save(copy.target / "labels.npy", np.tile(labels, len(copy.severities)))
 
 
-def _write_folder(
-    dataset: Dataset,
-    target: Path,
-    name: str,
-    severities: Sequence[int],
-    scale: str,
-    side: int | None,
-    quality: int | None,
-    seed: int,
-    batch_size: int,
-    bar: Any,
-) -> None:
+def _write_folder(copy: _Copy, name: str, bar: Any) -> None:
     from PIL import Image
 
-    for start, samples, images in _batches(dataset, side, batch_size):
-        for severity in severities:
-            for i, (sample, pixels) in enumerate(zip(samples, _made(images, name, severity, scale, seed, start))):
-                place = target / name / str(severity)
+    for start, samples, images in _batches(copy.dataset, copy.side, copy.batch_size):
+        for severity in copy.severities:
+            for i, (sample, pixels) in enumerate(zip(samples, _made(images, name, severity, copy, start))):
+                place = copy.target / name / str(severity)
                 if sample.label is not None:
-                    place = place / (dataset.classes or [])[int(sample.label)]
+                    place = class_folder(place, (copy.dataset.classes or [])[int(sample.label)])
                 place.mkdir(parents=True, exist_ok=True)
                 stem = f"{start + i:06d}"
-                if quality is None:
+                if copy.quality is None:
                     Image.fromarray(pixels).save(place / f"{stem}.png")
                 else:
-                    Image.fromarray(pixels).save(place / f"{stem}.jpg", quality=quality, optimize=True)
+                    Image.fromarray(pixels).save(place / f"{stem}.jpg", quality=copy.quality, optimize=True)
             bar.advance(len(images))

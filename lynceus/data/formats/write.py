@@ -16,6 +16,13 @@ def fresh(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def class_folder(folder: Path, name: str) -> Path:
+    """The folder of a class below `folder`. Raises AdviceError for a name that would lead elsewhere."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise AdviceError(f"The class {name!r} cannot be a folder's name. Rename it, or save as csv or parquet.")
+    return folder / name
+
+
 def stem_of(sample: Sample, index: int) -> str:
     """A file name without ending, unique by index, that still tells where the sample comes from."""
     base = os.path.splitext(os.path.basename(sample.id))[0] or "image"
