@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
         else options.size or getattr(inner, "input_size", (224, 224))
     )
     example = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
+    if data is not None and name != "deploy":
+        example = _pictures(model, data, max(options.batch, getattr(rewrite, "calibration", 0)))
     if name == "deploy":
         return _deploy(options, model, rewrite, data, example, out)
     changed = rewrite(model, example)
@@ -102,6 +104,22 @@ def main(argv: Sequence[str]) -> int:
     show(report, out=out, twin=twin)
     print(f"\nthe changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)")
     return 0
+
+
+def _pictures(model: nn.Module, data: Any, count: int) -> Tensor:
+    """The first `count` images, sized as the model takes them."""
+    import torch
+
+    from lynceus.core.subject import Subject
+    from lynceus.train.evaluate import batches
+
+    subject, parts, seen = Subject(model), [], 0
+    for batch in batches(data, subject, count):
+        parts.append(subject.prepare(batch.image))
+        seen += len(batch)
+        if seen >= count:
+            break
+    return torch.cat(parts)[:count]
 
 
 def _deploy(options: Any, model: nn.Module, rewrite: Any, data: Any, example: Tensor, out: Path) -> int:

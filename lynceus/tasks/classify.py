@@ -115,6 +115,8 @@ class Classify:
             raise AdviceError(
                 f"classes is a list of names, not the text {names!r}: Classify(classes=[{names!r}, ...])."
             )
+        if isinstance(names, int):
+            raise AdviceError(f"classes is a list of names; a number of classes is Classify(num_classes={names}).")
         names = tuple(str(n) for n in names)
         if self.num_classes is not None and self.num_classes != len(names):
             raise AdviceError(
