@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "gauntlet": ("lynceus.cli.gauntlet", "which backbone for these images: several through the same course, ranked"),
     "check": ("lynceus.cli.check", "one check of a model: accuracy, probes, shift consistency, scaling, cost"),
     "trust": ("lynceus.cli.trust", "what breaks a model and what provably cannot: one report of all that fits it"),
-    "rewrite": ("lynceus.cli.rewrite", "change a model: crop selection"),
+    "rewrite": ("lynceus.cli.rewrite", "change a model: deploy, prune, adapt, stream, fewer tokens"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),
     "parity": ("lynceus.cli.parity", "compare our models with records measured on the authors' code"),

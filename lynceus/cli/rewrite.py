@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ REWRITES: dict[str, tuple[str, str]] = {
         "the fastest way to run it on this machine that keeps its answers on your images",
     ),
 }
+# those with options and an output of their own: name -> (module with main, one line)
+OWN: dict[str, tuple[str, str]] = {
+    "compare": ("lynceus.cli.rewrite_compare", "a model and what rewrites made of it: accuracy against measured time"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,11 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    name, rest = one_of("rewrite", REWRITES, argv, usage="lynceus rewrite NAME MODEL [options]")
+    name, rest = one_of("rewrite", {**REWRITES, **OWN}, argv, usage="lynceus rewrite NAME MODEL [options]")
     if name is None:
         return 0
+    if name in OWN:
+        return int(import_module(OWN[name][0]).main(rest))
     target = REWRITES[name][0]
     options = parse(
         with_options(Options, rewrite=target), rest, prog=f"lynceus rewrite {name}", description=REWRITES[name][1]

@@ -9,7 +9,7 @@ from lynceus.backbones import FAMILIES
 from lynceus.cli.__main__ import VERBS, main
 from lynceus.cli.check import CHECKS
 from lynceus.cli.gauntlet import NANOS
-from lynceus.cli.rewrite import REWRITES
+from lynceus.cli.rewrite import OWN, REWRITES
 
 HELP = """
 import sys
@@ -23,7 +23,7 @@ assert not heavy, f"help imports {heavy}"
 sys.exit(code)
 """
 WAYS = [["--help"], *([v, "--help"] for v in VERBS)]
-WAYS += [["check", c, "--help"] for c in CHECKS] + [["rewrite", r, "--help"] for r in REWRITES]
+WAYS += [["check", c, "--help"] for c in CHECKS] + [["rewrite", r, "--help"] for r in (*REWRITES, *OWN)]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
