@@ -95,7 +95,7 @@ def compare_all(
         summary = _answers(subjects, data, rows)
     shape = "x".join(map(str, example.shape))
     notes = [
-        f"Time, MACs and memory are for one batch {shape}; time is the median of {repeats} passes, the models in turns, "
+        f"Time, MACs and memory are for one batch {shape}; time is the median of {repeats} passes, in turns, "
         f"on {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} of this machine as it was. Memory: "
         "weights, and the most bytes of intermediate results alive at once, as counted."
     ]
