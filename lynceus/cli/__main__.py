@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "gauntlet": ("lynceus.cli.gauntlet", "which backbone for these images: several through the same course, ranked"),
     "check": ("lynceus.cli.check", "one check of a model: accuracy, probes, shift consistency, scaling, cost"),
     "trust": ("lynceus.cli.trust", "what breaks a model and what provably cannot: one report of all that fits it"),
+    "load": ("lynceus.cli.load", "put a load on a server: throughput, latency, the knee of its curve"),
     "rewrite": ("lynceus.cli.rewrite", "change a model: deploy, prune, adapt, stream, fewer tokens"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),
