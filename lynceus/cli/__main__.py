@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "rewrite": ("lynceus.cli.rewrite", "change a model: deploy, prune, adapt, stream, fewer tokens"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),
+    "serve": ("lynceus.cli.serve", "answer pictures over HTTP, and show where the milliseconds go"),
     "parity": ("lynceus.cli.parity", "compare our models with records measured on the authors' code"),
     "diff": ("lynceus.cli.diff", "two models, or two reports: where they begin to differ"),
 }

@@ -1,0 +1,52 @@
+"""`lynceus serve MODEL...`: a vision server that shows where the milliseconds go."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lynceus.cli._schema import merged, parse, with_options
+from lynceus.core.errors import AdviceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Answers POST /predict with what a model says of a picture, and where the time went; the page is at /.
+
+    Stops on SIGTERM or Ctrl-C, after what is on the way was answered."""
+
+    models: Positional[tuple[str, ...]] = ()  # run folders, names, python:MODULE:NAME; ALIAS=... or ALIAS@VERSION=...
+    pipeline: Path | None = None  # a YAML file that chains models; see docs/serve_pipeline.md
+    quiet: bool = False  # say nothing but errors
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(with_options(Options, config="lynceus.serve.config:ServeConfig"), argv, prog="lynceus serve")
+    if not options.models and options.pipeline is None:
+        raise AdviceError("Name a model to serve, such as `lynceus serve runs/train/resnet_nano`, or --pipeline FILE.")
+    sys.path.insert(0, str(Path.cwd()))  # where python:MODULE:NAME is looked for first
+    from lynceus.serve.server import serve
+
+    config = merged(options, "config")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server = serve(None, config=config)
+    try:
+        if not options.quiet:
+            names = ", ".join(m.label for m in server.engine.registry.all())
+            print(f"lynceus serves {names} at {server.url} (/docs says how to ask; Ctrl-C stops)", flush=True)
+        while not stop.wait(0.5):
+            if not server._thread.is_alive():
+                raise AdviceError(f"The server ended: {server._error or 'see its log'}.")
+    finally:
+        clean = server.stop()
+    if not clean:
+        print("Some requests were not answered in time.", file=sys.stderr)
+    return 0 if clean else 1

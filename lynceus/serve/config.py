@@ -1,0 +1,105 @@
+"""What a server is told: one frozen configuration, whose hot part can be changed while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lynceus.core.errors import AdviceError, unknown
+
+HOT = ("max_batch", "max_wait_ms", "eager", "workers", "preprocess_workers", "deadline_s", "queue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How a server or pipeline works."""
+
+    models: tuple[str, ...] = ()  # NAME, PATH, python:MODULE:NAME; ALIAS=..., ALIAS@VERSION=... name them
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # 0 takes a free one
+    api_key: str | None = None  # asked for in x-api-key or Authorization: Bearer; None: open to all
+    max_batch: int = 16  # images at once in the model
+    max_wait_ms: float = 5.0  # a batch is closed this long after its oldest member came
+    eager: bool = True  # close a batch at once when no other request is on its way
+    workers: int = 0  # processes that run the models; 0: threads of the server itself
+    preprocess_workers: int = 0  # threads that decode, per process; 0: as many as there are cores, for each worker one
+    postprocess_workers: int = 1  # threads that make answers of outputs, per process
+    threads: int = 0  # torch threads of the model, per process; 0: torch's own, in workers one
+    device: str | None = None  # cpu, cuda; default: what there is
+    way: str = "eager"  # a way of `lynceus rewrite deploy` to run the model in
+    placement: Literal["client", "image", "batch", "device"] = "image"  # where pictures are brought to the model's size
+    exact: bool = True  # pixels as in `lynceus predict`; False: JPEG decoded small and resized in 8 bits, much faster
+    strict: bool = True  # JPEG files that need guessing are corrupt
+    size: int | None = None  # side the model is given; default: its own
+    broker: str = "shared"  # link to the workers: shared, redis://HOST:PORT/DB, file:FOLDER
+    queue: int = 256  # requests on the way at most; more are answered with 503
+    deadline_s: float = 30.0  # a request older than this is answered with 504
+    attempts: int = 3  # a job that was lost with its worker is tried so often
+    max_body_mb: float = 32.0  # largest request
+    max_pixels_mp: float = 64.0  # largest picture, in millions of pixels
+    max_images: int = 64  # pictures in one request
+    max_buffer_mb: float = 512.0  # of all requests on the way together
+    connections: int = 1024  # open at once
+    header_timeout_s: float = 10.0  # for the head of a request
+    body_timeout_s: float = 30.0  # for its body
+    drain_s: float = 30.0  # for what is on the way when the server is told to stop
+    traces: int = 512  # last traces that are kept for GET /trace/ID
+
+    def __post_init__(self) -> None:
+        low = {"max_batch": 1, "queue": 1, "max_images": 1, "connections": 1, "attempts": 1, "postprocess_workers": 1}
+        for name in ("workers", "preprocess_workers", "threads", "traces", "max_wait_ms", "port", "drain_s"):
+            low[name] = 0
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise AdviceError(f"{name} is at least {least}, not {getattr(self, name)}.")
+        for name in (
+            "deadline_s",
+            "max_body_mb",
+            "max_pixels_mp",
+            "max_buffer_mb",
+            "header_timeout_s",
+            "body_timeout_s",
+        ):
+            if not getattr(self, name) > 0:
+                raise AdviceError(f"{name} is above 0, not {getattr(self, name)}.")
+        if self.port > 65535:
+            raise AdviceError(f"port is at most 65535, not {self.port}.")
+        if self.placement not in ("client", "image", "batch", "device"):
+            raise unknown("placement", self.placement, ("client", "image", "batch", "device"))
+        if self.size is not None and self.size < 1:
+            raise AdviceError(f"size is at least 1, not {self.size}.")
+        if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
+            raise AdviceError("api_key is ASCII text of at least one character; leave it out to ask for none.")
+        kind = self.broker.partition(":")[0]
+        if kind not in ("memory", "shared", "redis", "rediss", "unix", "file"):
+            raise unknown("broker", self.broker, ("memory", "shared", "redis://HOST:PORT/DB", "file:FOLDER"))
+
+    @property
+    def hot(self) -> dict[str, Any]:
+        """What may be changed while the server runs."""
+        return {name: getattr(self, name) for name in HOT}
+
+
+def check_hot(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes of hot settings, as they came from a client, in their types. Raises AdviceError."""
+    if not isinstance(changes, dict) or not changes:
+        raise AdviceError(f"Settings are an object of some of {', '.join(HOT)}.")
+    kinds = {f.name: str(f.type) for f in fields(ServeConfig)}
+    made: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in HOT:
+            raise unknown("hot setting", str(name), HOT)
+        kind = kinds[name]
+        right = (
+            isinstance(value, bool)
+            if kind == "bool"
+            else isinstance(value, int | float) and not isinstance(value, bool)
+        )
+        if not right or (kind == "int" and int(value) != value) or value != value:
+            raise AdviceError(f"{name} is of type {kind}, not {value!r}.")
+        if kind != "bool" and not 0 <= value <= 1_000_000:
+            raise AdviceError(f"{name} is between 0 and 1000000, not {value}.")
+        made[name] = int(value) if kind == "int" else value
+    if made.get("workers", 0) > 256 or made.get("preprocess_workers", 0) > 256:
+        raise AdviceError("workers and preprocess_workers are at most 256.")
+    return made
