@@ -33,6 +33,10 @@ REWRITES: dict[str, tuple[str, str]] = {
         "lynceus.rewrite.haloify:Haloify",
         "halo attention in place of 3x3 convolutions, as in HaloNet",
     ),
+    "expedite": (
+        "lynceus.rewrite.expedite.rewrite:Expedite",
+        "some blocks of a transformer run on clusters of tokens; no training, same shapes and weights",
+    ),
     "deploy": (
         "lynceus.rewrite.deploy:Deploy",
         "the fastest way to run it on this machine that keeps its answers on your images",

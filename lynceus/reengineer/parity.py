@@ -65,6 +65,7 @@ KINDS: dict[str, str] = {  # family -> "module:function", a function record -> l
     "imagenet_e": "lynceus.reengineer.keys.edits:rows",
     "feature_guided": "lynceus.reengineer.keys.saliency:check",
     "fooling": "lynceus.reengineer.keys.evolution:check",
+    "expedite": "lynceus.reengineer.keys.expedite:check",
 }
 
 

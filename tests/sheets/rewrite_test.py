@@ -12,6 +12,7 @@ import lynceus
 from lynceus.core.nouns import Rewrite, chain
 from lynceus.core.subject import owns_pixels
 from lynceus.rewrite.crop_selection import CropSelection
+from lynceus.rewrite.expedite import Expedite
 from lynceus.rewrite.haloify import Haloify
 from lynceus.tasks.classify import Classify
 
@@ -39,6 +40,8 @@ REWRITES = [
     (CropSelection(input_size=24, view=32, cyclic=True), cnn),
     (CropSelection(input_size=24, view=32, top=3, score="log"), cnn),
     (Haloify(block_size=4, halo_size=1), ours("resnet_nano")),
+    (Expedite(alpha=2, clusters=(5, 6)), ours("vit_nano")),
+    (Expedite(alpha=1, clusters=(3, 3), temperature="auto"), ours("swin_nano")),
 ]
 
 

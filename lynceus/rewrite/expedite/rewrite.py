@@ -1,0 +1,163 @@
+"""Expedite: some blocks of a trained transformer run on clusters of tokens; shapes and weights stay as they are.
+
+Paper: Liang et al., Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning, NeurIPS 2022,
+arXiv 2210.01035
+Code: Expedit-LargeScale-Vision-Transformer/Expedit-Segmenter and Expedit-SAM
+Licence: MIT and Apache-2.0
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lynceus.backbones.from_timm import TimmBackbone
+from lynceus.backbones.swin import Swin, WindowPyramid
+from lynceus.backbones.swin_v2 import SwinV2
+from lynceus.backbones.vit import ViT
+from lynceus.core.errors import AdviceError
+from lynceus.rewrite.expedite.columnar import ExpeditedTimm, ExpeditedViT, plain_timm
+from lynceus.rewrite.expedite.operators import Normalise, Route
+from lynceus.rewrite.expedite.options import Span
+from lynceus.rewrite.expedite.sam_vit import SamViT
+from lynceus.rewrite.expedite.windows import ExpeditedSamViT, ExpeditedSwin, ExpeditedSwinV2, shrink
+from lynceus.rewrite.swap import signed
+
+KINDS: dict[type, type] = {
+    ViT: ExpeditedViT,
+    TimmBackbone: ExpeditedTimm,
+    Swin: ExpeditedSwin,
+    SwinV2: ExpeditedSwinV2,
+    SamViT: ExpeditedSamViT,
+}
+EXPEDITED = tuple(KINDS.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expedite:
+    """Rewrite: token clustering before block `alpha`, `beta` blocks on the clusters, then all tokens rebuilt.
+
+    For our ViT, timm's VisionTransformer, Swin, Swin V2 and SAM's encoder; no training is needed, none is hindered.
+
+    alpha: blocks that run on all tokens first; from the depth on nothing changes. None: five twelfths of the depth.
+      The authors' Segmenter clusters after block `location` (alpha = location + 1), their SAM before it (alpha =
+      location). In a Swin, blocks of the stage.
+    beta: blocks on clusters; None: all that follow (in a Swin, in the stage).
+    clusters: rows and columns of clusters: of the map, or, where attention has windows, of every window. None: .7 of
+      the rows and columns that there are.
+    stage: of a Swin, counted from 0; None: the one with most blocks.
+    iterations, window, temperature, scale, route: of `operators.cluster`. neighbours: centres that a token is rebuilt
+      from (-1: all). normalise: their weights sum to one ("sum"), or have length one as in the authors' code ("l2"),
+      which makes tokens larger, by about the square root of `neighbours`; a norm behind them hides it.
+    temperature: multiplies squared distances, so the right one depends on the width and scale of the features: .02 was
+      found for ViT-L, .005 to .01 for SAM. "auto" measures the scale in each image.
+    """
+
+    alpha: int | None = None
+    beta: int | None = None
+    clusters: tuple[int, int] | None = None
+    stage: int | None = None
+    iterations: int = 5
+    window: int = 5
+    temperature: float | Literal["auto"] = 0.02
+    scale: float = 1.0
+    neighbours: int = 20
+    normalise: Normalise = "sum"
+    route: Route = "auto"
+
+    def __post_init__(self) -> None:
+        if self.clusters is not None:
+            object.__setattr__(self, "clusters", tuple(int(n) for n in self.clusters))
+            if len(self.clusters) != 2 or min(self.clusters) < 1:
+                raise AdviceError(f"clusters is (rows, columns), both at least 1, not {self.clusters}.")
+        if self.window < 1 or self.window % 2 == 0:
+            raise AdviceError(f"window is an odd number of cells, not {self.window}; try window={self.window + 1}.")
+        if self.iterations < 0:
+            raise AdviceError(f"iterations is 0 or more, not {self.iterations}.")
+        if self.neighbours == 0 or self.neighbours < -1:
+            raise AdviceError(f"neighbours is 1 or more, or -1 for all centres, not {self.neighbours}.")
+        if self.temperature != "auto" and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+            raise AdviceError(f"temperature is a positive number or 'auto', not {self.temperature!r}.")
+        if self.scale <= 0:
+            raise AdviceError(f"scale is positive, not {self.scale}.")
+        if self.normalise not in ("sum", "l2"):
+            raise AdviceError(f"normalise is 'sum' or 'l2', not {self.normalise!r}.")
+
+    def __call__(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        """A copy of `model` (a Backbone, or what holds one in `.backbone`), in eval mode; its state is the same.
+
+        example: pixels (b, 3, h, w), run once to see it fit. AdviceError for a network without such blocks."""
+        self._check(_inner(model))
+        made = copy.deepcopy(model)
+        inner = _inner(made)
+        stage, depth, what = self._blocks(inner)
+        span = self.span(depth)
+        span.check(depth, what)
+        inner.__class__ = KINDS[type(inner)]
+        inner.span = span
+        if hasattr(inner, "stages_of"):
+            inner.stage = stage
+            side = inner.config.window(stage)[0]
+            grid = span.grid((side, side))
+            if grid[0] != grid[1]:
+                raise AdviceError(f"Windows of a Swin are square: clusters={grid} is not; try {(max(grid),) * 2}.")
+            for block in inner.layers[stage].blocks[span.alpha : span.end(depth)]:
+                shrink(block.attn, grid[0])
+        signed(made, self)
+        made.eval()
+        if example is not None:
+            with torch.no_grad():
+                made(example)
+        return made
+
+    def span(self, depth: int) -> Span:
+        """What is done to `depth` blocks."""
+        return Span(
+            alpha=max(1, round(depth * 5 / 12)) if self.alpha is None else self.alpha,
+            beta=self.beta,
+            clusters=self.clusters,
+            iterations=self.iterations,
+            window=self.window,
+            temperature=self.temperature,
+            scale=self.scale,
+            neighbours=self.neighbours,
+            normalise=self.normalise,
+            route=self.route,
+        )
+
+    def _check(self, inner: Any) -> None:
+        name = getattr(inner, "name", type(inner).__name__)
+        if isinstance(inner, EXPEDITED):
+            raise AdviceError(f"{name} is expedited already; take the model it was made from.")
+        if type(inner) not in KINDS:
+            raise AdviceError(
+                f"{name} ({type(inner).__name__}) has no span of transformer blocks on one map that could run on "
+                "clusters; it works for our ViT, Swin, Swin V2 and SamViT, and for timm's VisionTransformer "
+                "(create_model('timm:NAME'))."
+            )
+        if isinstance(inner, TimmBackbone) and not plain_timm(inner):
+            raise AdviceError(
+                f"timm's {type(inner.model).__name__} is not its plain VisionTransformer, so its blocks may need "
+                "places that clusters have not; take one of `lynceus models 'timm:vit_*'`, or our Swin."
+            )
+        if self.stage is not None and not isinstance(inner, WindowPyramid):
+            raise AdviceError(f"{name} has one stage; stage={self.stage} is for a Swin. Leave it out.")
+
+    def _blocks(self, inner: Any) -> tuple[int, int, str]:
+        """(stage, blocks in it, what they are called)."""
+        if not isinstance(inner, WindowPyramid):
+            blocks = inner.model.blocks if isinstance(inner, TimmBackbone) else inner.blocks
+            return 0, len(blocks), inner.name
+        depths = inner.config.depths
+        stage = max(range(len(depths)), key=lambda i: depths[i]) if self.stage is None else self.stage
+        if not 0 <= stage < len(depths):
+            raise AdviceError(f"{inner.name} has stages 0 to {len(depths) - 1}, not {stage}.")
+        return stage, depths[stage], f"stage {stage} of {inner.name}"
+
+
+def _inner(model: nn.Module) -> Any:
+    return getattr(model, "backbone", model)
