@@ -66,6 +66,7 @@ KINDS: dict[str, str] = {  # family -> "module:function", a function record -> l
     "feature_guided": "lynceus.reengineer.keys.saliency:check",
     "fooling": "lynceus.reengineer.keys.evolution:check",
     "expedite": "lynceus.reengineer.keys.expedite:check",
+    "spa": "lynceus.reengineer.keys.spa:check",
 }
 
 
