@@ -39,6 +39,7 @@ TOLERANCE = 1e-6  # in units of the output's standard deviation
 FAMILIES: dict[str, str] = {
     "bound_propagation": "lynceus.reengineer.keys.bounds",
     "blind_spots": "lynceus.reengineer.keys.level_sets",
+    "continual": "lynceus.reengineer.keys.continual",
     "convit": "lynceus.reengineer.keys.convit",
     "convnext": "lynceus.reengineer.keys.convnext",
     "lsnet": "lynceus.reengineer.keys.lsnet",
