@@ -28,7 +28,7 @@ DOORS = {
     "timm": {"backbones/from_timm.py", "backbones/timm_bridge.py", "train/optim.py", "data/views.py"},
     "accelerate": {"train/place.py"},
     "ray": {"gauntlet/engine.py", "serve"},
-    "transformers": {"rewrite/vlm_tokens.py"},
+    "transformers": {"rewrite/vlm_tokens"},
     "triton": {"rewrite"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
