@@ -24,8 +24,8 @@ import lynceus
 from lynceus.core.errors import AdviceError
 from lynceus.serve.bodies import pictures
 from lynceus.serve.config import ServeConfig, check_hot
+from lynceus.serve.engine import Answer, new_id
 from lynceus.serve.errors import Cancelled, ModelFailed, Overloaded, Refused, TooLarge
-from lynceus.serve.pipeline import Answer, new_id
 from lynceus.serve.protocol import BEGUN, CANCEL
 from lynceus.serve.spans import Trace
 
@@ -115,6 +115,7 @@ class Door:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         trace = Trace(id=given if _ID.fullmatch(given) else new_id(), begun=scope.get(BEGUN) or time.monotonic_ns())
         reserved = [0]
+        more: list[tuple[bytes, bytes]] = []
         try:
             query = (
                 parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=16) if scope["query_string"] else {}
@@ -132,7 +133,7 @@ class Door:
             if many:
                 results = [self._one(outcome, ask) for outcome in outcomes]
                 value: dict[str, Any] = {"id": trace.id, "results": results}
-                status, more = 200, []
+                status = 200
                 first = next((o for o in outcomes if isinstance(o, Answer)), None)
                 trace = first.trace if first else trace
             else:
@@ -141,7 +142,7 @@ class Door:
                     raise outcome
                 trace = outcome.trace
                 value = {"id": trace.id, **self._one(outcome, ask)}
-                status, more = 200, []
+                status = 200
             if ask.trace:
                 trace.mark("serialise")
                 value["trace"] = trace.to_dict()
@@ -149,16 +150,16 @@ class Door:
             self.metrics.status(499)
             return
         except Refused as error:
-            status, value, more = error.status, {"id": trace.id, "error": error.text, "kind": error.kind}, []
+            status, value = error.status, {"id": trace.id, "error": error.text, "kind": error.kind}
             if isinstance(error, Overloaded):
                 more = [(b"retry-after", b"%d" % max(1, round(error.retry_after)))]
             if error.status in (408, 413) or isinstance(error, _Closing):
                 more = [*more, (b"connection", b"close")]  # the rest of the body is not read
         except (ValueError, UnicodeError):
-            status, value, more = 400, {"id": trace.id, "error": "The query cannot be read.", "kind": "bad_request"}, []
+            status, value = 400, {"id": trace.id, "error": "The query cannot be read.", "kind": "bad_request"}
         except Exception as error:
             log.exception("answering failed")
-            status, more = 500, []
+            status = 500
             value = {"id": trace.id, "error": f"Answering failed: {type(error).__name__}.", "kind": "defect"}
         finally:
             self.buffered -= reserved[0]

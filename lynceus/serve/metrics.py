@@ -29,9 +29,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, count: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.sum += value * count
 
     def lines(self, name: str, labels: str) -> list[str]:
         """In Prometheus' text form."""
@@ -87,11 +87,12 @@ class Metrics:
         with self._lock:
             self.spans[name].add(seconds)
 
-    def batch(self, model: str, size: int) -> None:
+    def batch(self, model: str, size: int, count: int = 1) -> None:
+        """So many batches of one size."""
         with self._lock:
             if model not in self.batches:
                 self.batches[model] = Histogram(SIZES)
-            self.batches[model].add(size)
+            self.batches[model].add(size, count)
 
     def refuse(self, kind: str) -> None:
         with self._lock:
@@ -178,10 +179,10 @@ class Metrics:
             "process": "Of the server's own process.",
         }
         seen: set[str] = set()
-        for name, value in gauges.items():
+        for name, now in gauges.items():
             base = name.partition("{")[0]
             if base not in seen:
                 seen.add(base)
                 head(base, "gauge", texts.get(base.removeprefix("lynceus_"), "Now."))
-            out.append(f"{name} {value:g}")
+            out.append(f"{name} {now:g}")
         return "\n".join(out) + "\n"

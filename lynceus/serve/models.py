@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lynceus.core.errors import AdviceError, AdviceWarning, MissingError, unknown
+from lynceus.core.errors import AdviceError, AdviceWarning, MissingError
 from lynceus.core.subject import Subject
 from lynceus.core.types import Prediction
 from lynceus.serve.config import ServeConfig
@@ -202,12 +202,60 @@ def _shape(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-class Registry:
+class Card:
+    """What the front knows of a model that workers hold."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.values = values
+        self.name, self.version = str(values["name"]), str(values["version"])
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def info(self) -> dict[str, Any]:
+        return self.values
+
+
+class Cards:
+    """Models by name and version, as workers told of them; `find` is Registry's."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str, Any]] = {}
+
+    def learn(self, infos: list[dict[str, Any]]) -> None:
+        for values in infos:
+            card = Card(values)
+            self._models.setdefault(card.name, {})[card.version] = card
+
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def all(self) -> list[Any]:
+        return [m for versions in self._models.values() for m in versions.values()]
+
+    def find(self, name: str | None = None, version: str | None = None) -> Any:
+        """The first model, or that of a name (NAME or NAME@VERSION), in its newest version or the one given."""
+        if name is None:
+            name = next(iter(self._models))
+        elif name not in self._models and "@" in name:
+            name, _, version = name.rpartition("@")
+        versions = self._models.get(name)
+        if versions is None:
+            raise UnknownModel(f"There is no model of this name; there are: {', '.join(self._models)}.")
+        if version is None:
+            return next(reversed(versions.values()))
+        if version not in versions:
+            raise UnknownModel(f"There is no such version of {name}; there are: {', '.join(versions)}.")
+        return versions[version]
+
+
+class Registry(Cards):
     """Models by name and version. `open` is how a source becomes a model again when it is reloaded."""
 
     def __init__(self, config: ServeConfig, *, open: Callable[[str], Any] = open_model):
+        super().__init__()
         self.config, self._open = config, open
-        self._models: dict[str, dict[str, Served]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -223,7 +271,7 @@ class Registry:
                 name, version, source = parse(text)
                 made.add(name, made._open(source), version=version, source=source)
             return made
-        table = models if isinstance(models, Mapping) else {_name(models): models}
+        table = models if isinstance(models, Mapping) else {spare_name(models): models}
         for text, model in table.items():
             name, version, _ = parse(f"{text}=-")
             if isinstance(model, str):
@@ -244,27 +292,6 @@ class Registry:
         with self._lock:
             self._models.setdefault(name, {})[version] = made
         return made
-
-    def names(self) -> list[str]:
-        return list(self._models)
-
-    def all(self) -> list[Served]:
-        return [m for versions in self._models.values() for m in versions.values()]
-
-    def find(self, name: str | None = None, version: str | None = None) -> Served:
-        """The first model, or that of a name (NAME or NAME@VERSION), in its newest version or the one given."""
-        if name is None:
-            name = next(iter(self._models))
-        elif name not in self._models and "@" in name:
-            name, _, version = name.rpartition("@")
-        versions = self._models.get(name)
-        if versions is None:
-            raise UnknownModel(f"There is no model of this name; there are: {', '.join(self._models)}.")
-        if version is None:
-            return next(reversed(versions.values()))
-        if version not in versions:
-            raise UnknownModel(f"There is no such version of {name}; there are: {', '.join(versions)}.")
-        return versions[version]
 
     def reload(self, name: str | None = None, version: str | None = None) -> Served:
         """Reads the weights of a model again from where they came; requests on the way keep the old ones."""
@@ -299,11 +326,16 @@ def _plain_name(source: str) -> str:
     return (path.stem if path.suffix == ".safetensors" else path.resolve().name if "/" in source else source) or "model"
 
 
-def _name(model: Any) -> str:
+def spare_name(model: Any) -> str:
+    """What a model is called that was given without a name."""
     if isinstance(model, str):
         return parse(model)[0]
     name = str(getattr(model, "name", None) or type(model).__name__)
     return re.sub(r"[^A-Za-z0-9_.:\-]", "_", name)[:80].lstrip("_.:-") or "model"
 
 
-__all__ = ["NAME", "Registry", "Row", "Served", "open_model", "parse", "unknown"]
+def is_fresh(source: str) -> bool:
+    """Whether a source is the bare name of a network, whose weights are drawn anew each time."""
+    path = Path(source)
+    file = path.exists() or "/" in source or source.endswith(".safetensors")
+    return source.startswith("timm:") or not (source.startswith("python:") or file)

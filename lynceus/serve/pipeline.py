@@ -10,15 +10,11 @@ lock to others. What is refused, late or given up leaves at the next stage and f
 
 from __future__ import annotations
 
-import itertools
-import os
 import queue
-import secrets
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,69 +23,22 @@ from torch import Tensor
 from lynceus.serve.batcher import Batcher
 from lynceus.serve.config import ServeConfig
 from lynceus.serve.decode import decode
-from lynceus.serve.errors import Cancelled, Draining, Expired, ModelFailed, Overloaded, Refused
+from lynceus.serve.engine import Answer, Engine, Job, cores, new_id
+from lynceus.serve.errors import Cancelled, Expired, ModelFailed, Refused
 from lynceus.serve.metrics import Metrics
 from lynceus.serve.models import Registry, Served
 from lynceus.serve.preprocess import collate
-from lynceus.serve.spans import Trace
-
-_numbers = itertools.count()
-_prefix = secrets.token_hex(4)
 
 
-def new_id() -> str:
-    """An id that no other request of this or another server has."""
-    return f"{_prefix}{next(_numbers):08x}"
-
-
-@dataclass(slots=True)
-class Answer:
-    """What the model says of one picture, as plain values, and where the time went."""
-
-    result: dict[str, Any]
-    trace: Trace
-
-
-class Job:
-    """One request on its way. `done` is called once, with an Answer or the Refused that ended it."""
-
-    __slots__ = (
-        "body", "cancelled", "deadline", "done", "finished", "id", "image", "keep", "key", "model", "picture", "ready",
-        "result", "size", "trace",
-    )  # fmt: skip
-
-    def __init__(self, body: bytes | Tensor, model: Served, trace: Trace, deadline: int, done: Callable[[Any], None]):
-        self.id, self.body, self.model, self.trace, self.deadline, self.done = (
-            trace.id,
-            body,
-            model,
-            trace,
-            deadline,
-            done,
-        )
-        self.cancelled = self.finished = self.keep = False
-        self.image: Tensor | None = None  # as the model takes it
-        self.picture: Tensor | None = None  # as decoded, where it is kept for a next step
-        self.result: dict[str, Any] = {}
-        self.size = (0, 0)
-        self.key: Hashable = None
-        self.ready = 0
-
-
-class Pipeline:
+class Pipeline(Engine):
     """Stages of one process for any number of models.
 
     models: a model, a mapping of names to models, or None for the sources in config.models.
     """
 
     def __init__(self, config: ServeConfig | None = None, models: Any = None, *, metrics: Metrics | None = None):
-        self.config = config or ServeConfig()
-        self.metrics = metrics or Metrics()
+        super().__init__(config or ServeConfig(), metrics)
         self.registry = models if isinstance(models, Registry) else Registry.of(models, self.config)
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._count = self._bytes = 0
-        self._draining = self._closed = False
         self._to_decode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_answer: queue.SimpleQueue[tuple[list[Job], Any] | None] = queue.SimpleQueue()
         c = self.config
@@ -102,73 +51,9 @@ class Pipeline:
         for _ in range(c.postprocess_workers):
             self._start(self._answer, "answer")
 
-    # requests ---------------------------------------------------------------------------------------
-    def submit(
-        self,
-        body: bytes | Tensor,
-        *,
-        model: str | None = None,
-        version: str | None = None,
-        trace: Trace | None = None,
-        deadline_s: float | None = None,
-        keep: bool = False,
-    ) -> Future[Answer]:
-        """Takes one picture: encoded, a .npy tensor, or a decoded tensor (3, h, w). The future gives its Answer, or
-        raises the Refused that says why there is none. Cancelling the future gives the picture up.
-
-        Raises Overloaded at once when the pipeline is full, UnknownModel for a name that it does not have."""
-        future: Future[Answer] = Future()
-
-        def done(outcome: Any) -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            if isinstance(outcome, Answer):
-                future.set_result(outcome)
-            else:
-                future.set_exception(outcome)
-
-        job = self.start(body, done, model=model, version=version, trace=trace, deadline_s=deadline_s, keep=keep)
-        future.add_done_callback(lambda f: self.cancel(job) if f.cancelled() else None)
-        return future
-
-    def start(
-        self,
-        body: bytes | Tensor,
-        done: Callable[[Any], None],
-        *,
-        model: str | None = None,
-        version: str | None = None,
-        trace: Trace | None = None,
-        deadline_s: float | None = None,
-        keep: bool = False,
-    ) -> Job:
-        """As `submit`; `done` is called with the Answer or the Refused, from a thread of the pipeline."""
-        served = self.registry.find(model, version)
-        trace = trace or Trace(id=new_id())
-        limit = self.config.deadline_s if deadline_s is None else min(deadline_s, self.config.deadline_s)
-        job = Job(body, served, trace, trace.begun + int(limit * 1e9), done)
-        job.keep = keep
-        with self._lock:
-            if self._draining:
-                raise Draining("The server is stopping.")
-            if self._count >= self.config.queue:
-                self.metrics.refuse("overloaded")
-                raise Overloaded(
-                    f"{self._count} requests are on the way, and no more are taken.", retry_after=self.retry_after()
-                )
-            self._count += 1
+    def _enter(self, job: Job) -> None:
         self._batches.expect()
         self._to_decode.put(job)
-        return job
-
-    def cancel(self, job: Job) -> None:
-        """Gives a job up: it leaves at its next stage."""
-        job.cancelled = True
-
-    def retry_after(self) -> float:
-        """Seconds after which what is on the way now should be done."""
-        rate = self.metrics.throughput()
-        return min(30.0, max(1.0, self._count / rate)) if rate > 0 else 1.0
 
     # stages -----------------------------------------------------------------------------------------
     def _decode(self) -> None:
@@ -221,6 +106,7 @@ class Pipeline:
             jobs = [job for job in jobs if not self._gone(job)]
             if jobs:
                 self._infer_batch(jobs)
+                del jobs
 
     def _infer_batch(self, jobs: list[Job]) -> None:
         now = time.monotonic_ns()
@@ -259,7 +145,7 @@ class Pipeline:
                 rows = [ModelFailed(f"The outputs cannot be read: {type(error).__name__}.")] * len(jobs)
             self._mark(jobs, "postprocess")
             for job, row in zip(jobs, rows):
-                self._finish(job, row if isinstance(row, Refused) else Answer(row, job.trace))
+                self._finish(job, row if isinstance(row, Refused) else Answer(row, job.trace, job.picture))
 
     def _mark(self, jobs: list[Job], name: str) -> None:
         now = time.monotonic_ns()
@@ -274,25 +160,6 @@ class Pipeline:
         else:
             return False
         return True
-
-    def _finish(self, job: Job, outcome: Answer | Refused) -> None:
-        if job.finished:
-            return
-        job.finished = True
-        job.body = b""
-        job.image = None
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                self._idle.notify_all()
-        if isinstance(outcome, Answer):
-            self.metrics.answer(job.model.label, job.trace)
-        else:
-            self.metrics.refuse(outcome.kind)
-        try:
-            job.done(outcome)
-        except Exception:  # the caller's own; this thread goes on
-            self.metrics.refuse("callback")
 
     # settings and state -----------------------------------------------------------------------------
     def _wanted_decoders(self) -> int:
@@ -334,45 +201,14 @@ class Pipeline:
         }
         return {"queues": queues, **self.metrics.stats(), "settings": self.config.hot}
 
-    @property
-    def count(self) -> int:
-        """Requests on the way."""
-        return self._count
-
-    @property
-    def ready(self) -> bool:
-        return not self._draining and self._count < self.config.queue
-
-    def drain(self, seconds: float | None = None) -> bool:
-        """Takes no more requests and waits for those on the way; True when all were answered in time."""
-        limit = time.monotonic() + (self.config.drain_s if seconds is None else seconds)
-        with self._idle:
-            self._draining = True
-            while self._count:
-                if not self._idle.wait(max(0.0, limit - time.monotonic())):
-                    return False
-        return True
-
-    def close(self) -> None:
-        """Drains and ends the threads. May be called twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self.drain()
+    def _shut(self) -> None:
         self._resize_pool(0)
         self._batches.close()
         for _ in range(self.config.postprocess_workers):
             self._to_answer.put(None)
         for thread in self._threads:
-            thread.join(timeout=10)
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            if thread is not threading.current_thread():
+                thread.join(timeout=10)
 
 
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["Answer", "Job", "Pipeline", "new_id"]

@@ -71,7 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if self._timer is None:  # a further request on a kept connection
             self._await_head()
-        self.scope[BEGUN] = time.monotonic_ns()  # type: ignore[typeddict-unknown-key]
+        self.scope[BEGUN] = time.monotonic_ns()  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
@@ -86,9 +86,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         for cycle in (self.cycle, *(c for c, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
-                cancel = cycle.scope.get(CANCEL)
+                cancel: Any = cycle.scope.get(CANCEL)
                 if cancel is not None:
-                    cancel()  # type: ignore[operator]
+                    cancel()
         self.pipeline.clear()
         super().connection_lost(exc)
 

@@ -113,7 +113,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def engine_of(models: Any, config: ServeConfig) -> Any:
-    """What answers: threads of this process."""
+    """What answers: threads of this process, or worker processes."""
+    if config.workers:
+        from lynceus.serve.workers import Fleet
+
+        return Fleet(config, models)
     from lynceus.serve.pipeline import Pipeline
 
     return Pipeline(config, models)

@@ -1,0 +1,215 @@
+"""A worker: takes jobs from a broker, answers them with a pipeline of its own, and acknowledges what was answered.
+
+As a process (`python -m lynceus.serve.worker`, started by `Fleet`) it is told what to do by lines of JSON on its
+standard input; when that ends its parent is gone, and so is it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+from lynceus.serve.brokers import Broker, Delivery, DownError, FullError, open_broker
+from lynceus.serve.config import ServeConfig
+from lynceus.serve.engine import Answer
+from lynceus.serve.errors import Expired, Refused, WorkerLost
+from lynceus.serve.links import MalformedError, pack_answer, unpack_job
+from lynceus.serve.metrics import Metrics
+from lynceus.serve.pipeline import Pipeline
+from lynceus.serve.spans import Trace
+
+CAREFUL = 32  # jobs that a worker takes one by one after another has crashed
+
+
+class BatchCounts(Metrics):
+    """Also keeps the sizes of batches since they were last asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[tuple[str, int]] = Counter()
+
+    def batch(self, model: str, size: int, count: int = 1) -> None:
+        super().batch(model, size, count)
+        with self._lock:
+            self.sizes[model, size] += count
+
+    def taken(self) -> list[list[Any]]:
+        with self._lock:
+            found, self.sizes = self.sizes, Counter()
+        return [[model, size, count] for (model, size), count in found.items()]
+
+
+class Consumer:
+    """The loop between a broker and a pipeline, in a thread of its own.
+
+    careful: jobs to take one by one at first. A job that was given out before is done alone, so that one which kills
+    its worker takes no other with it."""
+
+    def __init__(self, broker: Broker, pipeline: Pipeline, name: str, *, careful: int = 0):
+        self.broker, self.pipeline, self.name, self.careful = broker, pipeline, name, careful
+        self._room = threading.Condition()
+        self._held = 0
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name=f"lynceus-consumer-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        touched = time.monotonic()
+        while not self._stop:
+            c = self.pipeline.config
+            with self._room:
+                free = 2 * c.max_batch - self._held
+                if free <= 0 or (self.careful and self._held):
+                    self._room.wait(0.1)
+                    free = 0
+            if time.monotonic() - touched > 5:
+                touched = time.monotonic()
+                self._down(lambda: self.broker.touch("jobs", self.name))
+            if not free:
+                continue
+            count = 1 if self.careful else free
+            try:
+                found = self.broker.consume("jobs", self.name, count=count, wait_s=0.5, share=max(1, c.workers))
+            except DownError:
+                time.sleep(0.05)
+                continue
+            for delivery in found:
+                self.careful = max(0, self.careful - 1)
+                self._take(delivery)
+
+    def _take(self, delivery: Delivery) -> None:
+        taken = time.monotonic_ns()
+        try:
+            key, trace, deadline, model, version, body = unpack_job(delivery.body, taken)
+        except MalformedError:
+            self._down(lambda: self.broker.ack("jobs", [delivery.key]))
+            return
+        alone = delivery.attempt > 1
+        if alone:
+            self._wait_until_idle()
+        with self._room:
+            self._held += 1
+
+        def done(outcome: Any) -> None:
+            self._reply(delivery.key, key, outcome, trace)
+
+        left = (deadline - time.monotonic_ns()) / 1e9
+        if delivery.attempt > self.pipeline.config.attempts:
+            done(WorkerLost(f"{delivery.attempt - 1} workers were lost with this picture; it is not tried again."))
+        elif left <= 0:
+            done(Expired("The request waited longer than its deadline."))
+        else:
+            trace.mark("consume")
+            begun = (taken - trace.begun) / 1e9  # the pipeline counts from the beginning of the trace
+            try:
+                self.pipeline.start(body, done, model=model, version=version, trace=trace, deadline_s=begun + left)
+            except Refused as error:
+                done(error)
+        if alone:
+            self._wait_until_idle()
+
+    def _wait_until_idle(self) -> None:
+        with self._room:
+            while self._held and not self._stop:
+                self._room.wait(0.1)
+
+    def _reply(self, delivery: Any, key: str, outcome: Answer | Refused, trace: Trace) -> None:
+        message = pack_answer(key, outcome, trace, time.monotonic_ns())
+        self._down(lambda: self.broker.publish("replies", [message]))
+        self._down(lambda: self.broker.ack("jobs", [delivery]))
+        with self._room:
+            self._held -= 1
+            self._room.notify_all()
+
+    def _down(self, work: Any) -> None:
+        """Again and again while the broker is away or full: what was promised is kept."""
+        wait = 0.01
+        while True:
+            try:
+                work()
+                return
+            except (DownError, FullError):
+                if self._stop:
+                    return
+                time.sleep(wait)
+                wait = min(0.5, wait * 2)
+
+    def close(self) -> None:
+        """Takes nothing more; what is held is answered by the pipeline's own closing."""
+        self._stop = True
+        self._thread.join(timeout=5)
+
+
+# as a process --------------------------------------------------------------------------------------
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent hears them too, and says when to end
+        signal.signal(number, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a model prints is no word to the parent
+    told = json.loads(sys.stdin.readline())
+    threading.Thread(target=_listen, args=(told, out), daemon=True).start()
+    threading.Event().wait()
+
+
+def _say(out: Any, **words: Any) -> None:
+    out.write(json.dumps(words) + "\n")
+
+
+def _listen(told: dict[str, Any], out: Any) -> None:
+    """Hears the parent to the end, also while the models are being loaded."""
+    state: dict[str, Any] = {}
+    threading.Thread(target=_work, args=(told, out, state), daemon=True).start()
+    for line in sys.stdin:
+        words = json.loads(line)
+        pipeline: Pipeline | None = state.get("pipeline")
+        if "stop" in words:
+            if pipeline is not None:
+                state["consumer"].close()
+                pipeline.close()
+            break
+        if pipeline is None:
+            continue
+        if "change" in words:
+            pipeline.change(**words["change"])
+        elif "reload" in words:
+            name, version = words["reload"]
+            try:
+                card = pipeline.reload(name, version).info()
+                _say(out, reloaded=words["token"], card=card)
+            except Exception as error:
+                _say(out, reloaded=words["token"], error=f"{type(error).__name__}: {error}")
+    os._exit(0)
+
+
+def _work(told: dict[str, Any], out: Any, state: dict[str, Any]) -> None:
+    try:
+        sys.path[:0] = [p for p in told["path"] if p not in sys.path]
+        import torch
+
+        config = ServeConfig(**{**told["config"], "models": tuple(told["config"]["models"])})
+        torch.set_num_threads(max(1, config.threads))
+        counts = BatchCounts()
+        pipeline = Pipeline(config, None, metrics=counts)
+        broker = open_broker(told["broker"])
+        state["consumer"] = Consumer(broker, pipeline, told["name"], careful=told["careful"])
+        state["pipeline"] = pipeline
+        _say(out, ready=[m.info() for m in pipeline.registry.all()])
+    except Exception as error:
+        from lynceus.core.errors import AdviceError
+
+        text = str(error) if isinstance(error, AdviceError) else f"{type(error).__name__}: {error}"
+        _say(out, failed=text)
+        os._exit(1)
+    while True:
+        time.sleep(0.5)
+        _say(out, batches=counts.taken(), queues=pipeline.stats()["queues"])
+
+
+if __name__ == "__main__":
+    main()
