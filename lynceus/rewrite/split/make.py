@@ -23,7 +23,7 @@ from lynceus.rewrite.split.fused import Fused, Parts, fit_fusion, sign
 from lynceus.rewrite.split.importance import HOWS, How, Probe, choose
 from lynceus.rewrite.split.part import Part, cut_head, folded, opened, own_head
 from lynceus.rewrite.split.plan import Plan, Share
-from lynceus.rewrite.split.retrain import Retrain, outputs, retrain
+from lynceus.rewrite.split.retrain import Retrain, moved, outputs, retrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class SplitConfig:
     that every sub-model loses at least; None for half. measure: of importance: taylor (second order), fast or exact
     (the KL itself), magnitude, random. calibration: images of a sub-model's classes that importance is measured on.
     rounds: of pruning and retraining on the way from nothing to what goes. ratio: of the fusion's hidden layer to its
-    input. fusion_steps: training steps of the fusion. feature_dropout: probability that a sub-model's feature is
+    input. fusion_steps: training steps of the fusion. views: moved copies of the images that it learns from besides, if retrain moves any.
+    feature_dropout: probability that a sub-model's feature is
     missing in them. seed: of every random choice.
     """
 
@@ -48,6 +49,7 @@ class SplitConfig:
     retrain: Retrain = field(default_factory=Retrain)
     ratio: float = 0.5
     fusion_steps: int = 500
+    views: int = 4
     feature_dropout: float = 0.1
     seed: int = 0
 
@@ -144,6 +146,7 @@ def split(
         budget=budget,
         names=names,
         dense={"bytes": float(size(part)), "flops": flops(part, image), "parameters": float(numbers(part))},
+        image_shape=tuple(image.shape[1:]),
         image_bytes=image[:1].numel() * image.element_size(),
         fusion_flops=cost(fused.fusion, torch.zeros(1, sum(fused.fusion.widths))).flops,
     )
@@ -203,16 +206,32 @@ def join(nets: Sequence[Part], by: Parts, model: nn.Module, image: Tensor, label
     fused = by(model)
     fused = sign(Fused(nets, by.groups, fused.fusion), by, model).eval()
     if config.fusion_steps:
-        features = torch.cat([outputs(net, image) for net in nets], 1)
+        features, repeated = seen(nets, image, label, config)
         fit_fusion(
             fused.fusion,
             features,
-            label,
+            repeated,
             steps=config.fusion_steps,
             dropout=config.feature_dropout if len(nets) > 1 else 0.0,
             seed=config.seed,
         )
     return fused
+
+
+def seen(nets: Sequence[Part], image: Tensor, label: Tensor, config: SplitConfig) -> tuple[Tensor, Tensor]:
+    """The features that a fusion learns from and their labels: of the images, and of moved copies of them where the
+    sub-models were trained on such (features of images known by heart look surer than those of new ones)."""
+    learn, draw = config.retrain, generator(config.seed, "views")
+    parts = [torch.cat([outputs(net, image) for net in nets], 1)]
+    views = config.views if learn.shift or learn.flip else 0
+    with torch.no_grad():
+        for _ in range(views):
+            rows = []
+            for some in image.split(64):
+                x = moved(as_float(some), draw, shift=learn.shift, flip=learn.flip)
+                rows.append(torch.cat([net(x) for net in nets], 1))
+            parts.append(torch.cat(rows))
+    return torch.cat(parts), label.repeat(1 + views)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ class Plan:
 
     net: all of it as one module, in one process. heads: each sub-model's own classifier: its classes, then "other".
     shares: one per sub-model. devices, budget: the limits that were kept. names: of the classes. dense: bytes, flops
-    and parameters of the split model without its classifier. image_bytes: of one image on the wire.
+    and parameters of the split model without its classifier. image_shape, image_bytes: of one image on the wire.
     measured: accuracies and latencies found so far, by name.
     """
 
@@ -63,6 +63,7 @@ class Plan:
     budget: Budget
     names: tuple[str, ...]
     dense: dict[str, float]
+    image_shape: tuple[int, ...]
     image_bytes: int
     fusion_flops: float
     fusion_speed: float = 10e9
@@ -218,11 +219,12 @@ class Plan:
             "shares": to_dict(self.shares),
             "names": list(self.names),
             "dense": self.dense,
+            "image_shape": list(self.image_shape),
             "image_bytes": self.image_bytes,
             "fusion_flops": self.fusion_flops,
             "fusion_speed": self.fusion_speed,
             "measured": self.measured,
-            "nets": [describe(part.net) for part in self.net.parts],  # type: ignore[union-attr, arg-type]
+            "nets": [describe(part.net) for part in self.net.parts],
             "original": describe(self.net.original),
             "rewrite": to_dict(self.net.rewrite),
         }
@@ -258,6 +260,7 @@ class Plan:
             budget=from_dict(Budget, d["budget"], where="budget"),
             names=tuple(d["names"]),
             dense={k: float(v) for k, v in d["dense"].items()},
+            image_shape=tuple(int(n) for n in d["image_shape"]),
             image_bytes=int(d["image_bytes"]),
             fusion_flops=float(d["fusion_flops"]),
             fusion_speed=float(d["fusion_speed"]),

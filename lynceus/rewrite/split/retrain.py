@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,13 +58,16 @@ def cycle(
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.2)
-    for _ in range(steps):
+    warm = max(0.2 * steps, 1.0)
+    for step in range(steps):
+        rest = (step + 1 - warm) / max(steps - warm, 1.0)
+        now = lr * ((step + 1) / warm if step + 1 < warm else 0.5 + 0.5 * math.cos(math.pi * min(max(rest, 0.0), 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = max(now, 1e-3 * lr)
         optimizer.zero_grad()
         loss().backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        schedule.step()
 
 
 def moved(image: Tensor, draw: torch.Generator, *, shift: int, flip: bool) -> Tensor:

@@ -1,0 +1,515 @@
+"""Cluster: a plan's devices as processes on this machine, asked all at once over TCP; the fusion runs here.
+
+A device that does not answer within the deadline counts as a feature of zeros; one whose connection closes or that no
+longer answers heartbeats is reported as lost, and the others go on answering. `restart` brings it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lynceus.core.errors import AdviceError, AdviceWarning, unknown
+from lynceus.core.report import Report
+from lynceus.rewrite.split.assign import Device
+from lynceus.rewrite.split.plan import Plan
+from lynceus.serve.edge.wire import (
+    ANSWER,
+    ASK,
+    ERROR,
+    HELLO,
+    PING,
+    Frame,
+    Link,
+    WireError,
+    pack,
+    quiet,
+    receive,
+    said,
+    send,
+    unpack,
+)
+from lynceus.serve.edge.worker import BATCH, TOKEN
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeConfig:
+    """How a cluster runs.
+
+    deadline: seconds that an answer may take. heartbeat: seconds between pings. patience: seconds without a sign of
+    life after which a device is lost. start: seconds that a process may take to be ready. shaped: messages take the
+    time of the devices' links (rate, delay). pinned: each process on a core of its own, as far as there are cores."""
+
+    deadline: float = 5.0
+    heartbeat: float = 0.5
+    patience: float = 5.0
+    start: float = 120.0
+    shaped: bool = True
+    pinned: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.deadline, self.heartbeat, self.patience, self.start) <= 0:
+            raise AdviceError("deadline, heartbeat, patience and start are seconds above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """logits (b, classes). missing: devices whose features did not come. seconds: until the logits were there. devices:
+    seconds from asking a device to its feature, and those that it computed. said: what devices complained of."""
+
+    logits: Tensor
+    missing: tuple[str, ...]
+    seconds: float
+    devices: dict[str, tuple[float, float]]
+    said: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """Seconds, medians. wall: of whole answers; simulated: the devices were asked one by one, since they share cores,
+    and the slowest counts. device: of each alone, with its link. predicted: by the latency model of the plan given."""
+
+    wall: float
+    simulated: bool
+    device: dict[str, float]
+    fusion: float
+    predicted: float
+
+
+class _Asked:
+    """A request that devices have not all answered yet."""
+
+    def __init__(self, waiting: set[str]):
+        self.waiting = waiting
+        self.start = time.perf_counter()
+        self.got: dict[str, dict[str, Tensor]] = {}
+        self.times: dict[str, tuple[float, float]] = {}
+        self.said: dict[str, str] = {}
+
+
+class _Node:
+    """One device: its process, its connection, and the threads that read and write it."""
+
+    def __init__(self, device: Device, core: int | None):
+        self.device, self.core = device, core
+        self.state = "not started"
+        self.reason = ""
+        self.seen = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.sock: socket.socket | None = None
+        self.outbox: queue.Queue[Frame | None] = queue.Queue()
+        self.turn = threading.Lock()
+        self.answered = 0
+        self.lost = 0
+
+
+class Cluster:
+    """The running devices of a plan. Call it with images for logits; use it as a context, or `close` it."""
+
+    def __init__(self, plan: Plan, folder: str | Path, config: EdgeConfig | None = None):
+        """folder: where `plan` was saved. Starts all devices and waits until they are ready."""
+        self.plan, self.folder, self.config = plan, Path(folder), config or EdgeConfig()
+        self._token = secrets.token_hex(16)
+        self._changed = threading.Condition()
+        self._asked: dict[int, _Asked] = {}
+        self._next = 0
+        self._closed = False
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._warned: set[str] = set()
+        self.losses: list[str] = []
+        self._nodes = {d.name: _Node(d, core) for d, core in zip(plan.used, self._cores(plan.used))}
+        failures: dict[str, Exception] = {}
+
+        def begin(node: _Node) -> None:
+            try:
+                self._begin(node)
+            except Exception as error:
+                failures[node.device.name] = error
+
+        starts = [threading.Thread(target=begin, args=(n,), daemon=True) for n in self._nodes.values()]
+        for thread in starts:
+            thread.start()
+        for thread in starts:
+            thread.join()
+        if failures:
+            self.close()
+            name, error = next(iter(failures.items()))
+            raise AdviceError(f"Device {name} could not be started: {error}") from error
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    # asking --------------------------------------------------------------------------------------
+    def __call__(self, image: Tensor) -> Float[Tensor, "b classes"]:
+        """Logits of images as the split model took them. Warns (AdviceWarning) when a device did not answer."""
+        answers = [self.ask(x) for x in image.split(BATCH)]
+        for name in dict.fromkeys(n for a in answers for n in a.missing):
+            if name not in self._warned:
+                self._warned.add(name)
+                why = self._nodes[name].reason or f"no answer within {self.config.deadline:g} s"
+                warnings.warn(
+                    f"Device {name} did not answer ({why}); the classes that it owns suffer. "
+                    f"cluster.restart({name!r}) brings it back.",
+                    AdviceWarning,
+                    stacklevel=2,
+                )
+        return torch.cat([a.logits for a in answers])
+
+    def ask(self, image: Tensor, *, deadline: float | None = None, only: Sequence[str] | None = None) -> Answer:
+        """Logits, and what each device did. image: at most 256. deadline: seconds, None for the configured. only: ask
+        no other devices. AdviceError when no device answers at all."""
+        if image.ndim != 4 or tuple(image.shape[1:]) != self.plan.image_shape or not 1 <= len(image) <= BATCH:
+            shape = ", ".join(map(str, self.plan.image_shape))
+            raise AdviceError(f"This cluster takes images (1 to {BATCH}, {shape}), not {tuple(image.shape)}.")
+        if self._closed:
+            raise AdviceError("This cluster is closed; deploy(plan) starts another.")
+        limit = self.config.deadline if deadline is None else deadline
+        wanted = list(self._nodes) if only is None else list(only)
+        for name in wanted:
+            self._node(name)
+        payload = pack({"image": image})
+        with self._changed:
+            self._next += 1
+            number = self._next
+            alive = [n for n in wanted if self._nodes[n].state == "up"]
+            asked = self._asked[number] = _Asked(set(alive))
+        start = asked.start
+        for name in alive:
+            self._nodes[name].outbox.put(Frame(kind=ASK, number=number, payload=payload))
+        with self._changed:
+            while asked.waiting and (left := start + limit - time.perf_counter()) > 0:
+                self._changed.wait(left)
+            del self._asked[number]
+        missing = tuple(n for n in self._nodes if n not in asked.got)
+        for name in missing:
+            self._nodes[name].lost += name in wanted
+        if not asked.got:
+            told = "; ".join(f"{n}: {self._nodes[n].reason or asked.said.get(n, 'too late')}" for n in wanted)
+            raise AdviceError(
+                f"No device answered within {limit:g} s ({told}). cluster.restart() starts lost ones again."
+            )
+        logits = self._fuse(len(image), asked.got)
+        return Answer(
+            logits=logits,
+            missing=missing,
+            seconds=time.perf_counter() - start,
+            devices=dict(asked.times),
+            said=dict(asked.said),
+        )
+
+    def _fuse(self, count: int, got: dict[str, dict[str, Tensor]]) -> Tensor:
+        fusion, found = self.plan.net.fusion, {k: v for part in got.values() for k, v in part.items()}
+        like = fusion.fc1.weight
+        rows = [found.get(f"feature.{i}", torch.zeros(count, width)).to(like) for i, width in enumerate(fusion.widths)]
+        with torch.inference_mode():
+            out: Tensor = fusion(torch.cat(rows, 1))
+        return out.clone()
+
+    # devices -------------------------------------------------------------------------------------
+    @property
+    def alive(self) -> list[str]:
+        return [n for n, node in self._nodes.items() if node.state == "up"]
+
+    def kill(self, name: str) -> None:
+        """Ends a device's process at once, as a power cut would."""
+        node = self._node(name)
+        if node.process is not None:
+            node.process.kill()
+            node.process.wait()
+
+    def restart(self, name: str | None = None) -> None:
+        """Starts a lost device again (None: all that are lost), which then answers as before."""
+        for node in [self._node(name)] if name is not None else list(self._nodes.values()):
+            if node.state == "up" and node.process is not None and node.process.poll() is None:
+                continue
+            self._lose(node, "restarted")
+            self._begin(node)
+            self._warned.discard(node.device.name)
+
+    def status(self) -> Report:
+        """One row per device: state, process, core, sub-models, answers given and missed."""
+        now, rows = time.monotonic(), []
+        for name, node in self._nodes.items():
+            up = node.state == "up"
+            rows.append(
+                {
+                    "device": name,
+                    "state": node.state if up else f"{node.state}: {node.reason}",
+                    "process": node.process.pid if node.process is not None else None,
+                    "core": node.core,
+                    "sub-models": ", ".join(map(str, self.plan.on(name))),
+                    "answered": node.answered,
+                    "missed": node.lost,
+                    "seen s ago": round(now - node.seen, 2) if node.seen else None,
+                }
+            )
+        lost = [n for n in self._nodes if n not in self.alive]
+        answer = f"All {len(rows)} devices answer." if not lost else f"Lost: {', '.join(lost)}. The rest answers."
+        notes = [*self.losses]
+        if self.shared:
+            notes.append("Devices share cores: their wall-clock times together say nothing; `timed` asks one by one.")
+        return Report(name="Cluster", rows=rows, answer=answer, notes=notes)
+
+    @property
+    def shared(self) -> bool:
+        """True when two devices sit on one core, so that times together are no measurement."""
+        cores = [n.core for n in self._nodes.values()]
+        return len(set(cores)) < len(cores)
+
+    # time ----------------------------------------------------------------------------------------
+    def timed(self, image: Tensor, *, repeats: int = 20, plan: Plan | None = None) -> Timed:
+        """Measures answers to `image`: each device alone, and, where every device has a core of its own, all at once.
+
+        plan: whose latency model stands beside (this cluster's own by default; `calibrated()` has measured speeds)."""
+        each = {}
+        for name in self.alive:
+            each[name] = statistics.median(
+                self.ask(image, only=[name]).devices[name][0] for _ in range(max(repeats, 1))
+            )
+        got = {
+            name: {f"feature.{i}": torch.zeros(len(image), self.plan.net.fusion.widths[i]) for i in self.plan.on(name)}
+            for name in each
+        }
+        spans = []
+        for _ in range(max(repeats, 5)):
+            start = time.perf_counter()
+            self._fuse(len(image), got)
+            spans.append(time.perf_counter() - start)
+        fusion = statistics.median(spans)
+        if self.shared:
+            wall = max(each.values()) + fusion
+        else:
+            wall = statistics.median(self.ask(image).seconds for _ in range(max(repeats, 1)))
+        predicted = (plan or self.plan).latency(len(image))
+        return Timed(wall=wall, simulated=self.shared, device=each, fusion=fusion, predicted=predicted)
+
+    def calibrated(self, image: Tensor, *, repeats: int = 20) -> Plan:
+        """The plan with measured speeds: each device alone computes `image` `repeats` times, the median counts; the
+        fusion likewise."""
+        speeds = {}
+        for name in self.alive:
+            took = statistics.median(self.ask(image, only=[name]).devices[name][1] for _ in range(repeats))
+            speeds[name] = len(image) * sum(self.plan.shares[i].flops for i in self.plan.on(name)) / took
+        made = self.plan.with_devices(
+            replace(d, speed=speeds[d.name]) if d.name in speeds else d for d in self.plan.devices
+        )
+        fusion = self.timed(image, repeats=1).fusion
+        return replace(made, fusion_speed=len(image) * self.plan.fusion_flops / fusion)
+
+    # life ----------------------------------------------------------------------------------------
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all processes. Asking afterwards is an AdviceError."""
+        self._closed = True
+        for node in self._nodes.values():
+            self._lose(node, "closed")
+            if node.process is not None and node.process.poll() is None:
+                if node.process.stdin is not None:
+                    node.process.stdin.close()
+                try:
+                    node.process.wait(2.0)
+                except subprocess.TimeoutExpired:
+                    node.process.kill()
+                    node.process.wait()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def _node(self, name: str) -> _Node:
+        if name not in self._nodes:
+            raise unknown("device in this cluster", name, self._nodes)
+        return self._nodes[name]
+
+    def _cores(self, devices: Sequence[Device]) -> list[int | None]:
+        if not self.config.pinned or not hasattr(os, "sched_getaffinity"):
+            return [None] * len(devices)
+        free = sorted(os.sched_getaffinity(0))
+        for d in devices:
+            if d.core is not None and d.core not in free:
+                raise AdviceError(f"Device {d.name} wants core {d.core}; this process may use {free}.")
+        rest = [c for c in free if c not in {d.core for d in devices}] or free
+        out: list[int | None] = []
+        for d in devices:
+            out.append(d.core if d.core is not None else rest[sum(x is not None for x in out) % len(rest)])
+        return out
+
+    def _begin(self, node: _Node) -> None:
+        """Starts the process of a device and connects to it."""
+        d, name = node.device, node.device.name
+        command = [sys.executable, "-m", "lynceus.serve.edge", str(self.folder), name]
+        if node.core is not None:
+            command += ["--core", str(node.core)]
+        if self.config.shaped:
+            command += ["--rate", repr(d.rate), "--delay", repr(d.delay)]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        node.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads, TOKEN: self._token}
+        )
+        port = _port(node.process, self.config.start)
+        sock = quiet(socket.create_connection(("127.0.0.1", port), timeout=5.0))
+        sock.settimeout(None)
+        try:
+            send(sock, Frame(kind=HELLO, payload=json.dumps({"token": self._token}).encode()))
+            told = said(receive(sock, wait=5.0, most=4096).payload)
+            if told.get("device") != name or told.get("parts") != self.plan.on(name):
+                raise WireError(f"it holds {told.get('parts')} of {told.get('device')}, not {self.plan.on(name)}")
+        except OSError:
+            sock.close()
+            node.process.kill()
+            raise
+        node.sock, node.outbox, node.seen, node.reason = sock, queue.Queue(), time.monotonic(), ""
+        link = Link(rate=d.rate, delay=d.delay) if self.config.shaped else None
+        threading.Thread(target=self._read, args=(node, sock), daemon=True).start()
+        threading.Thread(target=self._write, args=(node, sock, node.outbox, link), daemon=True).start()
+        with self._changed:
+            node.state = "up"
+            self._changed.notify_all()
+
+    def _write(self, node: _Node, sock: socket.socket, outbox: queue.Queue[Frame | None], link: Link | None) -> None:
+        try:
+            while (frame := outbox.get()) is not None:
+                if link is not None:
+                    link.wait(len(frame))
+                with node.turn:
+                    send(sock, frame)
+        except OSError as error:
+            self._lose(node, str(error), sock)
+
+    def _read(self, node: _Node, sock: socket.socket) -> None:
+        name = node.device.name
+        try:
+            while True:
+                frame = receive(sock)
+                node.seen = time.monotonic()
+                if frame.kind == ANSWER:
+                    self._take(node, frame)
+                elif frame.kind == ERROR:
+                    with self._changed:
+                        if frame.number in self._asked:
+                            self._asked[frame.number].said[name] = frame.payload.decode(errors="replace")
+                            self._asked[frame.number].waiting.discard(name)
+                        self._changed.notify_all()
+        except OSError as error:
+            self._lose(node, str(error), sock)
+
+    def _take(self, node: _Node, frame: Frame) -> None:
+        name, found = node.device.name, unpack(frame.payload)
+        took = float(found.pop("seconds", torch.zeros(1))[0])
+        widths = self.plan.net.fusion.widths
+        if set(found) != {f"feature.{i}" for i in self.plan.on(name)} or any(
+            v.ndim != 2 or v.shape[1] != widths[int(k.partition(".")[2])] for k, v in found.items()
+        ):
+            raise WireError("its features are not those of the plan")
+        with self._changed:
+            asked = self._asked.get(frame.number)
+            if asked is not None and name in asked.waiting:  # later than the deadline, it is dropped
+                asked.got[name] = found
+                asked.times[name] = (time.perf_counter() - asked.start, took)
+                asked.waiting.discard(name)
+                node.answered += 1
+                self._changed.notify_all()
+
+    def _lose(self, node: _Node, reason: str, sock: socket.socket | None = None) -> None:
+        """Marks a device as lost; whoever waits for it waits no longer."""
+        if sock is not None and node.sock is not sock:
+            return  # an older connection
+        with self._changed:
+            was, node.state, node.reason = node.state, "lost", reason
+            if node.sock is not None:
+                with suppress(OSError):
+                    node.sock.shutdown(socket.SHUT_RDWR)
+                node.sock.close()
+                node.sock = None
+            node.outbox.put(None)
+            for asked in self._asked.values():
+                asked.waiting.discard(node.device.name)
+            if was == "up" and not self._closed and reason != "restarted":
+                code = node.process.poll() if node.process is not None else None
+                ended = f", its process ended with {code}" if code is not None else ""
+                self.losses.append(f"{time.strftime('%H:%M:%S')} lost {node.device.name}: {reason}{ended}.")
+            self._changed.notify_all()
+
+    def _beat(self) -> None:
+        while not self._closed:
+            time.sleep(self.config.heartbeat)
+            for node in list(self._nodes.values()):
+                sock = node.sock
+                if node.state != "up" or sock is None:
+                    continue
+                if time.monotonic() - node.seen > self.config.patience:
+                    self._lose(node, f"no sign of life for {self.config.patience:g} s", sock)
+                    continue
+                if not node.turn.acquire(blocking=False):
+                    continue  # a message is on its way
+                try:
+                    send(sock, Frame(kind=PING))
+                except OSError as error:
+                    self._lose(node, str(error), sock)
+                finally:
+                    node.turn.release()
+
+
+def deploy(plan: Plan, *, folder: str | Path | None = None, config: EdgeConfig | None = None) -> Cluster:
+    """Starts one process per device of the plan on this machine and returns the cluster that asks them.
+
+    folder: where the plan is saved already; None saves it to a temporary folder. config: deadlines, heartbeat, shaping
+    of links, pinning."""
+    temporary = tempfile.TemporaryDirectory(prefix="lynceus-edge-") if folder is None else None
+    place = plan.save(temporary.name) if temporary is not None else Path(str(folder))
+    try:
+        made = Cluster(plan, place, config)
+    except BaseException:
+        if temporary is not None:
+            temporary.cleanup()
+        raise
+    made._temporary = temporary
+    return made
+
+
+def _port(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """The port in the one line that a worker prints when it is ready."""
+    got: queue.Queue[bytes] = queue.Queue()
+    assert process.stdout is not None
+    threading.Thread(target=lambda: got.put(process.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
+    try:
+        line = got.get(timeout=seconds)
+    except queue.Empty:
+        process.kill()
+        raise AdviceError(
+            f"its process was not ready after {seconds:g} s; EdgeConfig(start=) gives it longer."
+        ) from None
+    if not line:
+        raise AdviceError(f"its process ended with {process.wait()} before it was ready; its messages stand above.")
+    told: dict[str, Any] = json.loads(line)
+    if "port" not in told:
+        raise AdviceError(str(told.get("error", told)))
+    return int(told["port"])
