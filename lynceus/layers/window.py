@@ -122,6 +122,7 @@ class AnyWindowAttention(nn.Module):
                 f"dim {dim} cannot be shared by {heads} heads; take a multiple, e.g. {heads * max(dim // heads, 1)}."
             )
         self.heads, self.window, self.shift = heads, window, shift
+        self.head_dim = dim // heads
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
         self.register_buffer("relative_index", relative_index(window).flatten(), persistent=False)
@@ -185,7 +186,7 @@ class AnyWindowAttention(nn.Module):
         y = y.transpose(1, 2)
         if torch.compiler.is_exporting():  # the kernel's layout is not that of the plain products it is exported as
             y = y.clone(memory_format=torch.contiguous_format)
-        return linear(self.proj, y.reshape(x.shape))
+        return linear(self.proj, y.flatten(2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, batch: int) -> Tensor:
         drop = self.attn_drop if self.training else 0.0
@@ -247,8 +248,8 @@ class WindowAttention(AnyWindowAttention):
         return (self.relative_position_bias_table,)
 
     def heads_of(self, x: Float[Tensor, "windows cells c"]) -> tuple[Tensor, Tensor, Tensor]:
-        count, cells, c = x.shape
-        qkv = linear(self.qkv, x).view(count, cells, 3, self.heads, c // self.heads)
+        count, cells, _ = x.shape
+        qkv = linear(self.qkv, x).view(count, cells, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

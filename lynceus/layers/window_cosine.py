@@ -87,8 +87,8 @@ class WindowCosineAttention(AnyWindowAttention):
         return affine(x, self.qkv.weight, bias)
 
     def heads_of(self, x: Float[Tensor, "windows cells c"]) -> tuple[Tensor, Tensor, Tensor]:
-        count, cells, c = x.shape
-        qkv = self.project(x).view(count, cells, 3, self.heads, c // self.heads)
+        count, cells, _ = x.shape
+        qkv = self.project(x).view(count, cells, 3, self.heads, self.head_dim)
         scale = self.logit_scale.clamp(max=LARGEST).exp().view(self.heads, 1)
         if fusable(qkv) and not hooked(self.qkv):  # queries and keys are made unit vectors where they lie
             both = qkv[:, :, :2]

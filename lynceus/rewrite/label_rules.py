@@ -413,9 +413,8 @@ def group_norm(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any],
             contract(t, op, ids, t.of(value)[0], value.shape[0])
     if ids is not None and groups > 1:
         cells = ids.reshape(groups, -1)
-        if cells.shape[1] == 1:
-            if not t.count(ids, ("num_groups",), groups):
-                t.fix(ids, "belongs to a group norm that is no module")
+        if cells.shape[1] == 1 and not t.count(ids, ("num_groups",), groups):
+            t.fix(ids, "belongs to a group norm that is no module")
         for k in range(1, groups):
             if cells.shape[1] > 1:
                 t.tie(cells[0], cells[k], "its place in a group")
@@ -436,8 +435,8 @@ RULES: dict[str, Rule] = {
     **_table(permute, "permute"),
     **_table(transpose, "t transpose"),
     **_table(expand, "expand"),
-    **_table(unsqueeze, "unsqueeze unsqueeze_"),
-    **_table(squeeze, "squeeze squeeze_"),
+    **_table(unsqueeze, "unsqueeze"),
+    **_table(squeeze, "squeeze"),
     **_table(part, "slice"),
     **_table(select, "select unbind"),
     **_table(split, "split split_with_sizes chunk"),
@@ -460,18 +459,19 @@ RULES: dict[str, Rule] = {
     **_table(group_norm, "native_group_norm"),
     **_table(
         same,
-        "clone alias detach contiguous _to_copy lift_fresh dropout native_dropout _softmax _log_softmax _safe_softmax "
-        "cumsum max_pool2d_with_indices max_pool1d max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+        "clone alias detach contiguous as_strided _to_copy lift_fresh dropout native_dropout cumsum "
+        "_softmax _log_softmax _safe_softmax max_pool2d_with_indices max_pool1d max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_nearest2d "
         "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
     ),
+    **_table(pointwise, "hardswish hardsigmoid hardtanh leaky_relu elu celu selu silu mish softplus gelu"),
     **_table(fresh, "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full rand_like"),
 }
 
 
 def rule_of(func: Any) -> Rule:
     """The rule of an ATen overload; elementwise ones know themselves."""
-    name = func.overloadpacket.__name__
+    name = func.overloadpacket.__name__.rstrip("_")
     if name in RULES:
         return RULES[name]
     return pointwise if torch.Tag.pointwise in func.tags else everything

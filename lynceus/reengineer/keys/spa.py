@@ -87,11 +87,16 @@ def build(record: Mapping[str, Any]) -> nn.Module:
     elif what in ("cnn", "conv"):
         base = Cnn(c["in_channels"], c["hidden"], c["classes"], c.get("kernel", 3), c.get("groups", 1))
     elif what == "attention":
-        more = {n: bool(c[n]) for n in ("bias", "add_bias_kv", "add_zero_attn") if n in c}
         base = Attention(
-            c["embed"], c["heads"], c.get("kdim"), c.get("vdim", c.get("kdim")),
-            batch_first=bool(c.get("batch_first", True)), **more,
-        )  # fmt: skip
+            c["embed"],
+            c["heads"],
+            c.get("kdim"),
+            c.get("vdim", c.get("kdim")),
+            batch_first=bool(c.get("batch_first", True)),
+            bias="attn.in_proj_bias" in state,
+            add_bias_kv="attn.bias_k" in state,
+            add_zero_attn=bool(c.get("add_zero_attn", False)),
+        )
     elif what == "linear" and "hidden" in c:
         base = Mlp(c["in_features"], c["hidden"], c["out_features"], bias)
     elif what == "linear":
@@ -101,7 +106,7 @@ def build(record: Mapping[str, Any]) -> nn.Module:
     rank = c.get("rank") or 16
     model = adapt(base, adapter, rank, quiet=True, **options).double()  # type: ignore[arg-type]
     missing, extra = model.load_state_dict(state, strict=False)
-    missing = [n for n in missing if not n.endswith("num_batches_tracked")]
+    missing = [n for n in missing if not n.endswith(("num_batches_tracked", "base_digest"))]
     shapes = [n for n, v in model.state_dict().items() if n in state and v.shape != state[n].shape]
     if missing or extra or shapes:
         raise AdviceError(f"The record's names do not fit: missing {missing}, too many {list(extra)}, shapes {shapes}.")

@@ -7,12 +7,14 @@ Code: LukasHedegaard/structured-pruning-adapters (Apache-2.0); written from the 
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, AdviceWarning, unknown
@@ -35,6 +37,7 @@ from lynceus.rewrite.swap import signed
 
 Kind = Literal["splora", "sppara", "splopa"]
 KINDS = ("splora", "sppara", "splopa")
+DIGEST = "base_digest"  # buffer of an adapted model: what it was before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,8 @@ def adapt(
         why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "there is none of its kind"
         raise AdviceError(f"No layer of {type(model).__name__} can take {kind} adapters ({why}).")
     _learn_small(made)
+    inner: Any = getattr(made, "backbone", made)
+    inner.register_buffer(DIGEST, base_digest(inner))
     if skipped and not quiet:
         listed = "; ".join(f"{n or 'it'}: {r}" for n, r in list(skipped.items())[:6])
         warnings.warn(
@@ -198,6 +203,16 @@ def _conv(layer: nn.Module, kind: str, rank: int | float, init_range: float) -> 
         sppara_conv(layer, init_range=init_range)
 
 
+def base_digest(model: nn.Module) -> UInt8[Tensor, " 16"]:
+    """Of the frozen weights of an adapted model, before pruning: tells one base from another."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, p in sorted(model.named_parameters()):
+        if not p.requires_grad:
+            found.update(f"{name}{tuple(p.shape)}".encode())
+            found.update(p.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8).clone()
+
+
 def _learn_small(model: nn.Module) -> None:
     """Biases and norms learn."""
     for module in model.modules():
@@ -210,13 +225,18 @@ def _learn_small(model: nn.Module) -> None:
 def fuse(model: nn.Module, *, pack: bool = True) -> nn.Module:
     """A copy of `model` with its adapters in the weights: plain torch layers, all of which require gradients again.
 
-    pack: attention goes back to torch's nn.MultiheadAttention. Attention whose heads no longer fill the tokens' width stays a `HeadAttention` of plain linear layers."""
+    pack: attention goes back to torch's nn.MultiheadAttention; where heads no longer fill the tokens' width it stays a
+    `HeadAttention` of plain linear layers.
+    """
     made = copy.deepcopy(model)
     if not any(isinstance(m, (Adapted, HeadAttention)) for m in made.modules()):
         raise AdviceError(f"{type(model).__name__} has no adapters to fuse; Adapt()(model) puts them in.")
     for module in list(made.modules()):
         if isinstance(module, Adapted):
             module.fuse_()
+    for module in made.modules():
+        if hasattr(module, DIGEST):
+            delattr(module, DIGEST)
     made.requires_grad_(True)
     return _replaced(made, HeadAttention, packed) if pack else made
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lynceus.core.cost import evaluating
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.rewrite.adapters.layers import CONVS
 from lynceus.rewrite.dependency import Axis, DependencyGraph
 
 Criterion = Literal["l1", "l2", "gradient", "taylor", "lrp"]
@@ -112,6 +113,9 @@ def _relevances(
             raise AdviceError(
                 f"lrp has no rule for the transposed convolution {axis.name!r}; take importance='taylor'."
             )
+
+        if type(layer) is not nn.Linear and type(layer) not in CONVS:
+            continue  # a layer with a forward of its own, whose arguments are not known; it counts 0
 
         def hook(module: Any, args: Any, out: Tensor, name: str = axis.name) -> Tensor:
             def run(x: Tensor, weight: Tensor) -> Tensor:

@@ -199,9 +199,9 @@ def _dropped(graph: DependencyGraph, keep: Keep) -> list[int]:
         torn = gone & stay
         if torn:
             together = np.flatnonzero(rows == next(iter(torn))).tolist()
+            shown = f"{together[:6]}{' ...' if len(together) > 6 else ''}"
             raise AdviceError(
-                f"The outputs {together[:6]}{' ...' if len(together) > 6 else ''} of {layer!r} go together (a head or a "
-                "group); keep all of them or none."
+                f"The outputs {shown} of {layer!r} go together (a head or a group); keep all of them or none."
             )
         stuck = gone - set(bundle.units.tolist())
         if any(not graph.free[u] for u in stuck):
