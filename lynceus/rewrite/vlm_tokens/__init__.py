@@ -53,11 +53,14 @@ class VlmTokens:
     """Rewrite: fewer image tokens in the later layers of a vision-language model.
 
     method: feather (attention without RoPE plus a uniform grid, then a harder cut), fastv (attention with RoPE),
-    fastv_norope, or uniform (the grid alone). layers: where tokens are cut; None: as in the papers for 32 layers,
-    scaled to this model's depth: (8, 16) for feather, (3,) for the others. ratio: share of the image tokens dropped by score,
-    0 to 1; None: 0.7 for feather (whose second cut keeps (1 - ratio)^2 of what is there), 0.75 for fastv. stride: every
-    which row and column the grid keeps; None: 3 for feather, 2 for uniform. last: uniform also keeps this share of the
-    tokens at the end of each image. grid: layout of one image's tokens, such as 24x24, or 24x24,48x36+1 for two tiles,
+    fastv_norope, or uniform (the grid alone).
+    layers: where tokens are cut; None: as in the papers for 32 layers, scaled to this model's depth: (8, 16) for
+    feather, (3,) for the others.
+    ratio: share of the image tokens dropped by score, 0 to 1; None: 0.7 for feather (whose second cut keeps
+    (1 - ratio)^2 of what is there), 0.75 for fastv.
+    stride: every which row and column the grid keeps; None: 3 for feather, 2 for uniform.
+    last: uniform also keeps this share of the tokens at the end of each image.
+    grid: layout of one image's tokens, such as 24x24, or 24x24,48x36+1 for two tiles,
     the second with one newline token behind each row; None: read from the model's inputs, a square for plain LLaVA.
     criterion: a function of `Look` that gives scores, in place of the method's own.
     """

@@ -1,8 +1,8 @@
 """Which image tokens stay: scores from the last text token's attention, and the sets made of them.
 
-Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, ICCV 2025, arXiv
-2412.13180, code markendo/FEATHER (MIT); An Image is Worth 1/2 Tokens After Layer 2 (FastV), ECCV 2024, arXiv 2403.06764, code
-pkunlp-icler/FastV. Everything is batched: rows of a batch may hold different numbers of image tokens.
+FEATHER: Feather the Throttle, ICCV 2025, arXiv 2412.13180, code markendo/FEATHER (MIT). FastV: An Image is Worth 1/2
+Tokens After Layer 2, ECCV 2024, arXiv 2403.06764, code pkunlp-icler/FastV. Everything is batched: rows of a
+batch may hold different numbers of image tokens.
 """
 
 from __future__ import annotations
