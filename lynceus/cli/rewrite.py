@@ -37,6 +37,26 @@ REWRITES: dict[str, tuple[str, str]] = {
         "lynceus.rewrite.expedite.rewrite:Expedite",
         "some blocks of a transformer run on clusters of tokens; no training, same shapes and weights",
     ),
+    "block_prune": (
+        "lynceus.rewrite.block_prune.rewrite:BlockPrune",
+        "whole blocks of weights go, as a budget says; what is left runs as block-sparse products",
+    ),
+    "adapt": (
+        "lynceus.rewrite.adapters.adapt:Adapt",
+        "few learned numbers beside frozen weights, to train, prune and fuse",
+    ),
+    "fuse": (
+        "lynceus.rewrite.adapters.adapt:Fuse",
+        "adapters into the weights: plain layers, the same answers",
+    ),
+    "prune_channels": (
+        "lynceus.rewrite.adapters.prune:PruneChannels",
+        "the least important channels and heads go, with all that is coupled with them",
+    ),
+    "apply_delta": (
+        "lynceus.rewrite.adapters.delta:ApplyDelta",
+        "a base model and a small delta file give the task's pruned model",
+    ),
     "deploy": (
         "lynceus.rewrite.deploy:Deploy",
         "the fastest way to run it on this machine that keeps its answers on your images",
@@ -77,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import lynceus.data
+    from lynceus.core.report import Report
     from lynceus.core.rng import generator
     from lynceus.gauntlet.compare import compare
     from lynceus.train.checkpoint import save_model
@@ -98,6 +119,8 @@ def main(argv: Sequence[str]) -> int:
     changed = rewrite(model, example)
     save_model(changed, out)
     report = compare(model, changed, data, example, seed=options.seed)
+    if isinstance(getattr(changed, "report", None), Report):
+        report.parts.append(changed.report)  # type: ignore[arg-type]
     line, expression = twin_of(options.model, weights=options.weights)
     module, kind = target.split(":")
     source = (

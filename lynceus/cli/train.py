@@ -1,4 +1,4 @@
-"""`lynceus train classify DATA`: a model for your images. `lynceus train robustify` is in `cli/robustify.py`."""
+"""`lynceus train classify DATA`: a model for your images. `robustify` and `specialise` are in files of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIT = "lynceus.train.fit:FitConfig"
 class Options:
     """Trains a backbone on labelled images; writes checkpoints, log, report and the model into one run folder.
 
-    `lynceus train robustify` makes a trained model robust."""
+    `lynceus train robustify` makes a trained model robust, `lynceus train specialise` small models of another task."""
 
     task: Positional[Literal["classify", "classification"]]  # what to learn
     data: Positional[str]  # a folder with one folder per class, a .csv, .parquet or COCO .json file, or digits
@@ -42,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
         from lynceus.cli import robustify
 
         return robustify.main(argv[1:])
+    if argv and argv[0] == "specialise":
+        from lynceus.cli import specialise
+
+        return specialise.main(argv[1:])
     options = parse(with_options(Options, fit=FIT), argv, prog="lynceus train")
     loss = None if options.loss is None else load_function(options.loss, "--loss")
     name = options.model.replace(":", "-").replace("/", "-")

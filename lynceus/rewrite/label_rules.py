@@ -460,7 +460,8 @@ RULES: dict[str, Rule] = {
     **_table(
         same,
         "clone alias detach contiguous as_strided _to_copy lift_fresh dropout native_dropout cumsum "
-        "_softmax _log_softmax _safe_softmax max_pool2d_with_indices max_pool1d max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+        "_softmax _log_softmax _safe_softmax max_pool2d_with_indices max_pool1d max_pool3d_with_indices "
+        "avg_pool1d avg_pool2d avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_nearest2d "
         "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
     ),

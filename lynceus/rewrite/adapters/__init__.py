@@ -4,6 +4,7 @@ from lynceus.rewrite.adapters.adapt import Adapt as Adapt
 from lynceus.rewrite.adapters.adapt import Fuse as Fuse
 from lynceus.rewrite.adapters.adapt import adapt as adapt
 from lynceus.rewrite.adapters.adapt import fuse as fuse
+from lynceus.rewrite.adapters.delta import ApplyDelta as ApplyDelta
 from lynceus.rewrite.adapters.delta import Delta as Delta
 from lynceus.rewrite.adapters.delta import apply_delta as apply_delta
 from lynceus.rewrite.adapters.delta import delta as delta

@@ -90,6 +90,25 @@ class Delta:
         return Delta(state=state, about=about)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ApplyDelta:
+    """Rewrite: a base model and a delta file give the task's model, fused into plain layers.
+
+    delta: the file that `delta(model).save` or `lynceus train specialise` wrote. The model must be the base that it was
+    made from. The result is saved with what the delta holds; the file is not needed again.
+    """
+
+    delta: Path
+
+    def __call__(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        """The task's model, in eval mode. example: an input, run once to see it work."""
+        made = apply_delta(model, Delta.load(self.delta))
+        if example is not None:
+            with torch.no_grad():
+                made(example)
+        return made
+
+
 def delta(model: nn.Module) -> Delta:
     """What an adapted (and perhaps pruned) model learned, as a small state dict with masks.
 
