@@ -17,6 +17,7 @@ ALONE = (
     "train",
     "reengineer",
     "trust_verify",
+    "policy",
 )  # minutes each
 IMAGES = (
     "crop_selection",

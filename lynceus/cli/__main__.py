@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "trust": ("lynceus.cli.trust", "what breaks a model and what provably cannot: one report of all that fits it"),
     "load": ("lynceus.cli.load", "put a load on a server: throughput, latency, the knee of its curve"),
     "rewrite": ("lynceus.cli.rewrite", "change a model: deploy, prune, adapt, stream, fewer tokens"),
+    "search": ("lynceus.cli.search", "find a smaller network from a trained one"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),
     "serve": ("lynceus.cli.serve", "answer pictures over HTTP, and show where the milliseconds go"),

@@ -10,6 +10,7 @@ from lynceus.cli.__main__ import VERBS, main
 from lynceus.cli.check import CHECKS
 from lynceus.cli.gauntlet import NANOS
 from lynceus.cli.rewrite import OWN, REWRITES
+from lynceus.cli.search import SEARCHES
 
 HELP = """
 import sys
@@ -23,6 +24,7 @@ assert not heavy, f"help imports {heavy}"
 sys.exit(code)
 """
 WAYS = [["--help"], *([v, "--help"] for v in VERBS)]
+WAYS += [["search", s, "--help"] for s in SEARCHES]
 WAYS += [["check", c, "--help"] for c in CHECKS] + [["rewrite", r, "--help"] for r in (*REWRITES, *OWN)]
 
 

@@ -1,0 +1,1 @@
+"""Searches whose product is an architecture."""
