@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("lynceus.cli.check", "one check of a model: accuracy, probes, shift consistency, scaling, cost"),
     "trust": ("lynceus.cli.trust", "what breaks a model and what provably cannot: one report of all that fits it"),
     "load": ("lynceus.cli.load", "put a load on a server: throughput, latency, the knee of its curve"),
+    "profile": ("lynceus.cli.profile", "where the milliseconds of a served model go, from one request to a crowd"),
     "rewrite": ("lynceus.cli.rewrite", "change a model: deploy, prune, adapt, stream, fewer tokens"),
     "search": ("lynceus.cli.search", "find a smaller network from a trained one"),
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),

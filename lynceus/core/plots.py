@@ -126,8 +126,11 @@ def bars(
     title: str = "",
     horizontal: bool = True,
     log: bool = False,
+    stacked: bool = False,
 ) -> bytes:
-    """One bar per name, or one per name and group when `values` maps group -> values. `title` names the numbers."""
+    """One bar per name, or one per name and group when `values` maps group -> values. `title` names the numbers.
+
+    stacked: the groups of a name stand on each other in one bar, in their order."""
     groups: Mapping[str, Numbers] = values if isinstance(values, Mapping) else {"": values}
     spread: Mapping[str, Numbers] = (
         errors if isinstance(errors, Mapping) else ({"": errors} if errors is not None else {})
@@ -154,9 +157,10 @@ def bars(
     category: dict[str, Any] = {"type": "category", "automargin": True, "showgrid": False, "ticksuffix": "  "}
     if horizontal:
         category["autorange"] = "reversed"
-    layout = {f"{long}axis": _ax(title, log), f"{short}axis": category, "barmode": "group", "bargap": 0.35}
+    layout = {f"{long}axis": _ax(title, log), f"{short}axis": category, "bargap": 0.35}
+    layout["barmode"] = "stack" if stacked else "group"
     if horizontal:
-        layout["height"] = max(220, 90 + 26 * len(names) * len(groups))
+        layout["height"] = max(220, 90 + 26 * len(names) * (1 if stacked else len(groups)))
     return _figure(traces, **layout)
 
 
