@@ -30,14 +30,18 @@ def main(argv: Sequence[str]) -> int:
     options = parse(with_options(Options, config="lynceus.serve.config:ServeConfig"), argv, prog="lynceus serve")
     if not options.models and options.pipeline is None:
         raise AdviceError("Name a model to serve, such as `lynceus serve runs/train/resnet_nano`, or --pipeline FILE.")
+    if options.models and options.pipeline is not None:
+        raise AdviceError("Serve models, or the chain of --pipeline; start a second server for the other.")
     sys.path.insert(0, str(Path.cwd()))  # where python:MODULE:NAME is looked for first
+    from lynceus.serve.config import read_chain
     from lynceus.serve.server import serve
 
     config = merged(options, "config")
+    chain = None if options.pipeline is None else read_chain(options.pipeline)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server = serve(None, config=config)
+    server = serve(chain, config=config)
     try:
         if not options.quiet:
             names = ", ".join(m.label for m in server.engine.registry.all())

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lynceus.serve.config import Chain as Chain
     from lynceus.serve.config import ServeConfig as ServeConfig
-    from lynceus.serve.pipeline import Answer as Answer
+    from lynceus.serve.config import Step as Step
+    from lynceus.serve.engine import Answer as Answer
     from lynceus.serve.pipeline import Pipeline as Pipeline
     from lynceus.serve.server import Server as Server
     from lynceus.serve.server import serve as serve
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
 _DOORS = {
     "SPANS": "lynceus.serve.spans",
     "Trace": "lynceus.serve.spans",
+    "Chain": "lynceus.serve.config",
     "ServeConfig": "lynceus.serve.config",
-    "Answer": "lynceus.serve.pipeline",
+    "Step": "lynceus.serve.config",
+    "Answer": "lynceus.serve.engine",
     "Pipeline": "lynceus.serve.pipeline",
     "Server": "lynceus.serve.server",
     "serve": "lynceus.serve.server",

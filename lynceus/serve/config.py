@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from lynceus.core.config import from_dict, load_yaml
 from lynceus.core.errors import AdviceError, unknown
 
 HOT = ("max_batch", "max_wait_ms", "eager", "workers", "preprocess_workers", "deadline_s", "queue")
@@ -103,3 +105,70 @@ def check_hot(changes: dict[str, Any]) -> dict[str, Any]:
     if made.get("workers", 0) > 256 or made.get("preprocess_workers", 0) > 256:
         raise AdviceError("workers and preprocess_workers are at most 256.")
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One model of a chain. What is None is the server's own setting."""
+
+    model: Any  # a source as in ServeConfig.models; in Python also a module or a function of pixels
+    name: str = ""  # default: by the model
+    size: int | None = None
+    max_batch: int | None = None
+    max_wait_ms: float | None = None
+    workers: int = 0  # processes of a later step; the first one runs in the server
+    exact: bool | None = None
+
+    def config(self, base: ServeConfig, **changes: Any) -> ServeConfig:
+        """The server's settings with this step's own."""
+        own = {n: getattr(self, n) for n in ("size", "max_batch", "max_wait_ms", "exact")}
+        given = {n: v for n, v in own.items() if v is not None}
+        return replace(base, models=(), workers=self.workers, **given, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """A detector, and a model that says something of every box that it finds.
+
+    steps: two; the first gives Predictions with boxes, xyxy in pixels.
+    link: how crops go from the first to the second. fused: within the first one's own thread, frame by frame; memory:
+      a queue in this process; shared, redis://HOST:PORT/DB, file:FOLDER: a broker. Behind all but fused, crops of
+      several frames share batches.
+    max_objects: boxes of one picture that are looked at, the best ones. min_score: boxes below are left out.
+    """
+
+    steps: tuple[Step, ...]
+    name: str = "chain"
+    link: str = "memory"
+    max_objects: int = 25
+    min_score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != 2:
+            raise AdviceError(
+                f"A chain has two steps, a detector and what looks at its boxes; here are {len(self.steps)}."
+            )
+        kind = self.link.partition(":")[0]
+        if kind not in LINKS:
+            raise unknown("link", self.link, ("fused", "memory", "shared", "redis://HOST:PORT/DB", "file:FOLDER"))
+        if self.max_objects < 1:
+            raise AdviceError(f"max_objects is at least 1, not {self.max_objects}.")
+        if self.steps[0].workers:
+            raise AdviceError("The first step of a chain runs in the server itself; only the second one has workers.")
+        if self.steps[1].workers and kind in ("fused", "memory"):
+            raise AdviceError(f"Workers of the second step cannot be reached by link {self.link!r}; take link: shared.")
+
+
+LINKS = ("fused", "memory", "shared", "redis", "rediss", "unix", "file")
+
+
+def read_chain(path: str | Path) -> Chain:
+    """A chain from a YAML file with the fields of Chain, its steps as a list of those of Step. Raises AdviceError."""
+    values = load_yaml(path)
+    steps = values.get("steps")
+    if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
+        raise AdviceError(f"{path} has no list of steps; write steps:, and under it - model: SOURCE twice.")
+    if not all("model" in s for s in steps):
+        raise AdviceError(f"Every step of {path} needs its model: a run folder, a name, or python:MODULE:NAME.")
+    made = tuple(from_dict(Step, s, where=f"step {i + 1} of {path}") for i, s in enumerate(steps))
+    return from_dict(Chain, {k: v for k, v in values.items() if k != "steps"}, where=str(path), given={"steps": made})

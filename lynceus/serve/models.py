@@ -143,7 +143,13 @@ class Served:
                 f"{self.name} gave {_shape(raw)} for {len(sizes)} pictures; one row of logits, or one Prediction, for "
                 "each picture is needed."
             )
-        return [_plain(p) for p in found]
+        # a function knows its own input only; a task was told the size of the picture
+        to = [self._back(size) if self.task is None else (1.0, 1.0) for size in sizes]
+        return [_plain(p, scale) for p, scale in zip(found, to)]
+
+    def _back(self, size: tuple[int, int]) -> tuple[float, float]:
+        """From pixels of the model's input to those of a picture: factors of y and x."""
+        return (1.0, 1.0) if self.size is None else (size[0] / self.size[0], size[1] / self.size[1])
 
     def _scores(self, raw: Tensor) -> list[Row]:
         raw = raw.float()
@@ -191,11 +197,14 @@ def _is_predictions(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(v, Prediction) for v in value)
 
 
-def _plain(found: Prediction) -> Row:
+def _plain(found: Prediction, scale: tuple[float, float]) -> Row:
     for value in (found.scores, found.boxes, found.depth):
         if value is not None and not bool(torch.isfinite(value).all()):
             return ModelFailed("The model gave numbers that are not finite for this picture.")
-    return found.to_dict()
+    made = found.to_dict()
+    if found.boxes is not None and scale != (1.0, 1.0):
+        made["boxes"] = (found.boxes * torch.tensor([scale[1], scale[0]] * 2)).tolist()
+    return made
 
 
 def _shape(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lynceus.core.config import changed
 from lynceus.core.errors import AdviceError, missing_extra
-from lynceus.serve.config import ServeConfig
+from lynceus.serve.config import Chain, ServeConfig
 
 
 class Server:
@@ -113,7 +113,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def engine_of(models: Any, config: ServeConfig) -> Any:
-    """What answers: threads of this process, or worker processes."""
+    """What answers: threads of this process, worker processes, or a chain of both."""
+    if isinstance(models, Chain):
+        from lynceus.serve.chain import ChainEngine
+
+        return ChainEngine(models, config)
     if config.workers:
         from lynceus.serve.workers import Fleet
 

@@ -30,6 +30,8 @@ from lynceus.serve.errors import Expired, Overloaded, Refused
 from lynceus.serve.links import MalformedError, pack_job, unpack_answer
 from lynceus.serve.metrics import Metrics
 from lynceus.serve.models import Cards, parse, spare_name
+from lynceus.serve.pipeline import Pipeline
+from lynceus.serve.worker import Consumer
 
 START_S = 180.0  # for a worker to load its models
 QUICK_S = 10.0  # a worker that dies sooner is started again ever more slowly
@@ -68,10 +70,11 @@ class Fleet(Engine):
     def __init__(self, config: ServeConfig, models: Any = None, *, metrics: Metrics | None = None):
         super().__init__(config, metrics)
         self._folder = tempfile.TemporaryDirectory(prefix="lynceus-serve-")
-        self.sources = _sources(models, config, self._folder.name)
+        self.sources = _sources(models, config, self._folder.name) if config.workers else []
+        self._inside: Consumer | None = None
         size = min(1024.0, max(64.0, config.max_buffer_mb))
         self.broker = open_broker(config.broker, capacity_mb=size, slots=2 * config.queue + 64)
-        if not self.broker.address:
+        if not self.broker.address and config.workers:
             raise AdviceError("Worker processes cannot share memory of this process; take broker=shared or redis://...")
         self.registry = Cards()
         self._pending: dict[Any, Job] = {}
@@ -81,8 +84,11 @@ class Fleet(Engine):
         self._ending = False
         self._hot = threading.Lock()
         try:
-            self._grow(config.workers)
-            self._await_ready()
+            if config.workers:
+                self._grow(config.workers)
+                self._await_ready()
+            else:
+                self._inside = self._consume_here(models)
         except BaseException:
             self._end_processes()
             self._folder.cleanup()
@@ -93,6 +99,14 @@ class Fleet(Engine):
         ]
         for thread in self._threads:
             thread.start()
+
+    def _consume_here(self, models: Any) -> Consumer:
+        """Without worker processes: a consumer in this one, behind the same broker."""
+        own = replace(self.config, queue=max(self.config.queue, 4 * self.config.max_batch))
+        pipeline = Pipeline(own, models)
+        pipeline.metrics.batch = self.metrics.batch  # type: ignore[method-assign]
+        self.registry.learn([m.info() for m in pipeline.registry.all()])
+        return Consumer(self.broker, pipeline, f"inside-{new_id()}")
 
     # processes --------------------------------------------------------------------------------------
     def _grow(self, count: int) -> None:
@@ -295,9 +309,11 @@ class Fleet(Engine):
     def change(self, **hot: Any) -> ServeConfig:
         """Changes hot settings here and in all workers; another number of workers starts or ends some."""
         with self._hot:
-            if hot.get("workers", 1) < 1:
-                raise AdviceError("A server that was started with workers keeps at least one.")
+            if "workers" in hot and (hot["workers"] < 1) != (self._inside is not None):
+                raise AdviceError("A server keeps what it was started with: worker processes, or none.")
             self.config = replace(self.config, **hot)
+            if self._inside is not None:
+                self._inside.pipeline.change(**{k: v for k, v in hot.items() if k not in ("queue", "workers")})
             for worker in self._workers:
                 worker.say(change={k: v for k, v in hot.items() if k not in ("queue", "deadline_s")})
             if "workers" in hot:
@@ -307,6 +323,8 @@ class Fleet(Engine):
     def reload(self, name: str | None = None, version: str | None = None) -> Any:
         """Every worker reads the weights again, one after the other; AdviceError when one cannot."""
         card = self.registry.find(name, version)
+        if self._inside is not None:
+            self.registry.learn([self._inside.pipeline.reload(name, version).info()])
         for worker in [w for w in self._workers if w.ready.is_set()]:
             token = new_id()
             event: threading.Event = threading.Event()
@@ -339,12 +357,15 @@ class Fleet(Engine):
     @property
     def ready(self) -> bool:
         """Whether a request would be taken, and a worker is there for it."""
-        return super().ready and any(w.ready.is_set() for w in self._workers)
+        return super().ready and (self._inside is not None or any(w.ready.is_set() for w in self._workers))
 
     def _shut(self) -> None:
         self._ending = True
         self._to_publish.put(None)
         self._end_processes()
+        if self._inside is not None:
+            self._inside.close()
+            self._inside.pipeline.close()
         for thread in self._threads:
             thread.join(timeout=5)
         forget = getattr(self.broker, "forget", None)
