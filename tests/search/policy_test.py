@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bench._trust import digits8, trained
-from bench.policy import layered, learn_to_remove, needy
+from bench.policy import layered, learn_to_remove, needy, transfer
 from lynceus.cli.__main__ import main
 from lynceus.core.errors import AdviceError
 from lynceus.core.rng import borrowed, generator
@@ -225,6 +225,13 @@ def test_the_policy_learns_what_to_keep():
     assert own > random_mean + 0.1
     assert own > 0.68
     assert shared < own
+
+
+@pytest.mark.slow
+def test_a_policy_of_a_small_teacher_starts_ahead_on_a_deeper_one():
+    """100 iterations on six layers, as many as the paper's searches have, then the first ten on twelve."""
+    rows = transfer()
+    assert sum(r["transferred"] > r["fresh"] for r in rows) >= 4
 
 
 # the search -----------------------------------------------------------------------------------------
