@@ -21,6 +21,7 @@ from lynceus.serve.errors import Corrupt, NotAPicture, TooLarge
 
 NPY = b"\x93NUMPY"
 SCANS = 100  # of a progressive JPEG: each costs a pass over all its pixels
+_OVER = 1e-3  # what resizing may leave outside [0, 1]
 _NPY_HEADER = 256  # bytes; that of a picture has about 100
 
 
@@ -168,7 +169,7 @@ def _npy(raw: bytes, max_pixels: float) -> Tensor:
     if len(raw) - file.tell() != 3 * h * w * dtype.itemsize:
         raise Corrupt(f"The .npy file holds {len(raw) - file.tell()} bytes of values; {shape} has another number.")
     values = np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape)
-    if dtype != np.uint8 and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+    if dtype != np.uint8 and not (np.isfinite(values).all() and values.min() >= -_OVER and values.max() <= 1 + _OVER):
         raise Corrupt("A tensor of floats lies in [0, 1].")
     made = torch.from_numpy(values.copy())
     return made.permute(2, 0, 1) if last else made

@@ -69,6 +69,8 @@ class Served:
         inner = model.model if isinstance(model, Subject) else model
         self.task: Any = getattr(inner, "task", None)
         self.size, self.policy = _geometry(model, inner, self.task, config)
+        # what Deploy makes is built at its first call, from tensors that tell their version
+        self._mode = torch.inference_mode if config.way == "eager" else torch.no_grad
         if config.way != "eager" and isinstance(inner, nn.Module):
             from lynceus.rewrite.deploy import Deploy
 
@@ -120,7 +122,7 @@ class Served:
 
     def run(self, batch: Tensor) -> Any:
         """The raw outputs of float pixels (b, 3, h, w), finished: an asynchronous device is waited for."""
-        with torch.inference_mode():
+        with self._mode():
             raw = self.subject.model(self.subject.prepare(batch))
             if isinstance(raw, dict):
                 raw = raw.get("logits", raw.get("out"))
