@@ -18,7 +18,7 @@ from lynceus.backbones.vit import ViT, ViTConfig
 from lynceus.core.rng import borrowed, generator
 
 SIDE, CLASSES = 128, 6  # ground, stripes, checks, plain blob, rods, rings
-STEPS, BATCH = 1000, 8
+STEPS, BATCH = 700, 8
 
 
 def scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,16 +91,11 @@ def segmenter(seed: int = 0) -> Segmenter:
     if path.is_file():
         net.load_state_dict(load_file(path))
         return net.eval()
-    image, label = scenes(4000, 1000 + seed)
     draw = generator(seed, "segmenter order")
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS, pct_start=0.1)
     for step in range(STEPS):
-        part = torch.randint(len(image), (BATCH,), generator=draw)
-        pictures, wanted = image[part], label[part]
-        for axis in (1, 2):
-            if torch.rand((), generator=draw) < 0.5:
-                pictures, wanted = pictures.flip(axis + 1), wanted.flip(axis)
+        pictures, wanted = scenes(BATCH, int(torch.randint(2**60, (), generator=draw)))
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(pictures)
         loss = F.cross_entropy(logits.float(), wanted)

@@ -15,6 +15,7 @@ from lynceus.reengineer.filling import image
 from lynceus.reengineer.parity import Row, authors_state, compare_outputs, make_input
 from lynceus.rewrite.expedite import Expedite, SamViT, SamViTConfig, cluster
 from lynceus.rewrite.expedite.operators import means
+from lynceus.rewrite.expedite.rewrite import SAM_SETTINGS
 
 SOURCES: dict[str, tuple[Rule, ...]] = {
     "authors": (
@@ -38,15 +39,7 @@ _NAMES = {
 }
 _AUTHORS = {"use_rel_pos": False, "window_size": 0}  # their constructor's defaults; norms as `build_sam` sets them
 _UNUSED = {"rel_pos_zero_init", "norm_layer", "act_layer", "use_hourglass"}
-_SPAN = {
-    "hourglass_clustering_location": -1,
-    "hourglass_num_cluster": 100,
-    "hourglass_cluster_iters": 5,
-    "hourglass_temperture": 0.01,
-    "hourglass_cluster_window_size": 5,
-    "hourglass_reconstruction_k": 20,
-}
-_OWN = {"img_size", "global_attn_indexes", *_SPAN}
+_OWN = {"img_size", "global_attn_indexes", *SAM_SETTINGS}
 
 
 def check(record: Mapping[str, Any]) -> list[Row]:
@@ -120,21 +113,10 @@ def build(config: Mapping[str, Any]) -> SamViT:
     return SamViT(SamViTConfig(**fields))
 
 
-def hourglass(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def hourglass(model: nn.Module, config: Mapping[str, Any]) -> Any:
     """The model with the clustering that a record's configuration asks for."""
-    given = {**_SPAN, **{k: v for k, v in config.items() if k in _SPAN}}
-    location, count = given["hourglass_clustering_location"], given["hourglass_num_cluster"]
-    clusters = (round(count**0.5),) * 2 if isinstance(count, int) else (int(count[0]), int(count[1]))
-    made = Expedite(
-        alpha=location if location >= 0 else len(model.blocks) + 1,  # type: ignore[arg-type]
-        clusters=clusters,
-        iterations=given["hourglass_cluster_iters"],
-        window=given["hourglass_cluster_window_size"],
-        temperature=given["hourglass_temperture"],
-        neighbours=given["hourglass_reconstruction_k"],
-        normalise="l2",
-    )(model)
-    made.as_released = True  # type: ignore[assignment]
+    made: Any = Expedite.from_settings({k: v for k, v in config.items() if k in SAM_SETTINGS})(model)
+    made.as_released = True
     return made
 
 

@@ -11,8 +11,10 @@ Licence: MIT and Apache-2.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,27 +45,31 @@ class Clustering:
         """The nearest of all centres, for every token."""
         return squared_distances(self.tokens, self.centres).argmin(-1)
 
-    def weights(self, neighbours: int = 20, normalise: Normalise = "sum") -> Float[Tensor, "b n m"]:
-        """How much each token takes of each centre: see `reconstruction_weights`."""
+    def weights(
+        self, neighbours: int = 20, normalise: Normalise = "sum", temperature: float | None = None
+    ) -> Float[Tensor, "b n m"]:
+        """How much each token takes of each centre: see `reconstruction_weights`. temperature: None for that of the
+        clustering."""
         return reconstruction_weights(
-            self.tokens, self.centres, temperature=self.temperature, neighbours=neighbours, normalise=normalise
+            self.tokens,
+            self.centres,
+            temperature=self.temperature if temperature is None else temperature,
+            neighbours=neighbours,
+            normalise=normalise,
         )
 
     def rebuild(
-        self, refined: Float[Tensor, "b m d"], neighbours: int = 20, normalise: Normalise = "sum"
+        self,
+        refined: Float[Tensor, "b m d"],
+        neighbours: int = 20,
+        normalise: Normalise = "sum",
+        temperature: float | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """All tokens, out of what became of the centres."""
+        """All tokens, out of what became of the centres. Large tables are made some thousand tokens at a time."""
         pieces = _pieces(self.tokens, self.centres)
-        if pieces == 1:
-            return self.weights(neighbours, normalise).to(refined.dtype) @ refined
-        parts = [
-            reconstruction_weights(
-                some, self.centres, temperature=self.temperature, neighbours=neighbours, normalise=normalise
-            ).to(refined.dtype)
-            @ refined
-            for some in self.tokens.chunk(pieces, 1)
-        ]
-        return torch.cat(parts, 1)
+        parts = [self] if pieces == 1 else [replace(self, tokens=some) for some in self.tokens.chunk(pieces, 1)]
+        found = [p.weights(neighbours, normalise, temperature).to(refined.dtype) @ refined for p in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def cluster(
@@ -107,6 +113,7 @@ def cluster(
             # only the last step's products are differentiated: the others are read by detached weights alone
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == iterations - 1):
                 centres = share(x)
+            del share  # one table at a time
     return Clustering(tokens=tokens, centres=centres.to(tokens.dtype), temperature=tau, size=clusters)
 
 
@@ -132,13 +139,21 @@ def reconstruction_weights(
         else:
             far = None
         # the nearest centre gets weight 1 whatever the scale, so that no row is empty: normalising undoes the factor
-        table = (table.detach().amin(-1, keepdim=True) - table) * temperature
-        weights = table.exp()
+        table = in_place(torch.Tensor.sub_, torch.sub, table, table.detach().amin(-1, keepdim=True))
+        table = in_place(torch.Tensor.mul_, torch.mul, table, -1 * temperature)
+        weights = in_place(torch.Tensor.exp_, torch.exp, table)
         if far is not None:
-            weights = weights.masked_fill(far, 0)
+            weights = in_place(torch.Tensor.masked_fill_, torch.masked_fill, weights, far, 0)
         if normalise == "sum":
-            return weights / weights.sum(-1, keepdim=True)
-        return weights / weights.square().sum(-1, keepdim=True).sqrt()
+            total = weights.sum(-1, keepdim=True)
+        else:
+            total = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        return in_place(torch.Tensor.div_, torch.div, weights, total)
+
+
+def in_place(inner: Callable[..., Tensor], outer: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """One of two forms of an operation: the first overwrites x, where no gradient is to come back through it."""
+    return (outer if torch.is_grad_enabled() and x.requires_grad else inner)(x, *args)
 
 
 def naive_unpool(refined: Float[Tensor, "b m c"], labels: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
@@ -172,12 +187,11 @@ def cells(size: int, count: int, like: Tensor) -> Int[Tensor, " n"]:
 
 def squared_distances(tokens: Float[Tensor, "b n c"], centres: Float[Tensor, "b m c"]) -> Float[Tensor, "b n m"]:
     """|x - s|^2 by expansion, never negative."""
-    inner = tokens @ centres.transpose(1, 2)
-    inner = inner.mul_(-2) if not inner.requires_grad else inner * -2
-    sums = tokens.square().sum(-1, keepdim=True), centres.square().sum(-1)[:, None]
-    if inner.requires_grad:
-        return (inner + sums[0] + sums[1]).clamp(min=0)
-    return inner.add_(sums[0]).add_(sums[1]).clamp_(min=0)
+    table = tokens @ centres.transpose(1, 2)
+    table = in_place(torch.Tensor.mul_, torch.mul, table, -2)
+    table = in_place(torch.Tensor.add_, torch.add, table, tokens.square().sum(-1, keepdim=True))
+    table = in_place(torch.Tensor.add_, torch.add, table, centres.square().sum(-1)[:, None])
+    return in_place(torch.Tensor.clamp_, torch.clamp, table, 0)
 
 
 class _Share:
@@ -192,14 +206,14 @@ class _Share:
 
 
 class _NearShare:
-    """The same, of weights for the window's centres alone; near: their numbers, (n, window**2)."""
+    """The same, of weights for the centres around each token's cell alone, a column per move from cell to centre."""
 
-    def __init__(self, weights: Float[Tensor, "b n k"], near: Int[Tensor, "n k"], count: int):
+    def __init__(self, weights: Float[Tensor, "b n k"], near: Near, count: int):
         self.weights, self.near, self.count = weights, near, count
 
     def __call__(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
         sums, total = x.new_zeros(x.shape[0], self.count, x.shape[2]), x.new_zeros(x.shape[0], self.count)
-        for at, weight in zip(self.near.unbind(1), self.weights.unbind(-1)):
+        for (at, _), weight in zip(self.near, self.weights.unbind(-1)):
             sums = sums.index_add(1, at, x * weight[..., None])
             total = total.index_add(1, at, weight)
         return sums / total[..., None].clamp(min=1e-16)
@@ -218,13 +232,30 @@ def _dense(
 def _gathered(
     x: Tensor, centres: Tensor, tau: Tensor, rows: Tensor, columns: Tensor, clusters: tuple[int, int], window: int
 ) -> _NearShare:
-    near, valid = neighbours_of(rows, columns, clusters, window)
-    half = centres.square().sum(-1)
-    columns_of = [(x * centres[:, at]).sum(-1).mul_(2).sub_(half[:, at]) for at in near.unbind(1)]
-    logits = torch.stack(columns_of, -1)
-    logits.mul_(tau).masked_fill_(~valid, torch.finfo(logits.dtype).min)
+    near, lengths = Near(rows, columns, clusters, window), centres.square().sum(-1)
+    logits = x.new_empty(*x.shape[:2], window**2)
+    for (at, valid), column in zip(near, logits.unbind(-1)):
+        inner = (x * centres[:, at]).sum(-1).mul_(2).sub_(lengths[:, at]).mul_(tau[..., 0])
+        column.copy_(inner.masked_fill_(~valid, torch.finfo(inner.dtype).min))
     logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     return _NearShare(logits.div_(logits.sum(-1, keepdim=True)), near, centres.shape[1])
+
+
+class Near:
+    """The window**2 centres around every token's cell, one move from the cell at a time: their numbers (n,), and which
+    of them exist."""
+
+    def __init__(self, rows: Int[Tensor, " H"], columns: Int[Tensor, " W"], clusters: tuple[int, int], window: int):
+        self.rows, self.columns, self.clusters, self.window = rows, columns, clusters, window
+
+    def __iter__(self) -> Iterator[tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]]:
+        moves = range(-(self.window // 2), self.window // 2 + 1)
+        high, wide = self.clusters
+        for down, across in itertools.product(moves, moves):
+            row, column = self.rows + down, self.columns + across
+            inside = ((row >= 0) & (row < high))[:, None] & ((column >= 0) & (column < wide))
+            number = row.clamp(0, high - 1)[:, None] * wide + column.clamp(0, wide - 1)
+            yield number.flatten(), inside.flatten()
 
 
 def allowed(
@@ -236,22 +267,6 @@ def allowed(
     across = (columns[:, None] - torch.arange(clusters[1], device=rows.device)).abs() <= far
     both = down[:, None, :, None] & across[None, :, None, :]
     return both.flatten(2).flatten(0, 1)
-
-
-def neighbours_of(
-    rows: Int[Tensor, " H"], columns: Int[Tensor, " W"], clusters: tuple[int, int], window: int
-) -> tuple[Int[Tensor, "n k"], Bool[Tensor, "n k"]]:
-    """The numbers of the window**2 centres around every token's cell, and which of them exist."""
-    move = torch.arange(window, device=rows.device) - window // 2
-    down, across = rows[:, None] + move, columns[:, None] + move
-    inside = ((down >= 0) & (down < clusters[0]))[:, None, :, None] & ((across >= 0) & (across < clusters[1]))[
-        None, :, None, :
-    ]
-    number = (
-        down.clamp(0, clusters[0] - 1)[:, None, :, None] * clusters[1]
-        + across.clamp(0, clusters[1] - 1)[None, :, None, :]
-    )
-    return number.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1)
 
 
 def _huge(x: Tensor, centres: Tensor, window: int) -> bool:

@@ -31,6 +31,7 @@ class Span:
     scale: float = 1.0
     neighbours: int = 20
     normalise: Normalise = "sum"
+    rebuild_temperature: float | None = None
     route: Route = "auto"
 
     def end(self, depth: int) -> int:
@@ -55,7 +56,7 @@ class Span:
         )
 
     def rebuild(self, found: Clustering, refined: Float[Tensor, "b m c"]) -> Float[Tensor, "b n c"]:
-        return found.rebuild(refined, self.neighbours, self.normalise)
+        return found.rebuild(refined, self.neighbours, self.normalise, self.rebuild_temperature)
 
     def check(self, depth: int, what: str) -> None:
         """AdviceError where the numbers make no sense for `depth` blocks of `what`."""

@@ -9,6 +9,8 @@ Licence: MIT and Apache-2.0
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from lynceus.backbones.from_timm import TimmBackbone
 from lynceus.backbones.swin import Swin, WindowPyramid
 from lynceus.backbones.swin_v2 import SwinV2
 from lynceus.backbones.vit import ViT
-from lynceus.core.errors import AdviceError
+from lynceus.core.errors import AdviceError, unknown
 from lynceus.rewrite.expedite.columnar import ExpeditedTimm, ExpeditedViT, plain_timm
 from lynceus.rewrite.expedite.operators import Normalise, Route
 from lynceus.rewrite.expedite.options import Span
@@ -35,6 +37,15 @@ KINDS: dict[type, type] = {
     SamViT: ExpeditedSamViT,
 }
 EXPEDITED = tuple(KINDS.values())
+NEVER = 10_000  # an alpha behind every network's last block
+SAM_SETTINGS: dict[str, Any] = {
+    "hourglass_clustering_location": -1,
+    "hourglass_num_cluster": 100,
+    "hourglass_cluster_iters": 5,
+    "hourglass_temperture": 0.01,
+    "hourglass_cluster_window_size": 5,
+    "hourglass_reconstruction_k": 20,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,7 @@ class Expedite:
       which makes tokens larger, by about the square root of `neighbours`; a norm behind them hides it.
     temperature: multiplies squared distances, so the right one depends on the width and scale of the features: .02 was
       found for ViT-L, .005 to .01 for SAM. "auto" measures the scale in each image.
+    rebuild_temperature: for the weights that tokens are rebuilt with; None: the same.
     """
 
     alpha: int | None = None
@@ -67,6 +79,7 @@ class Expedite:
     scale: float = 1.0
     neighbours: int = 20
     normalise: Normalise = "sum"
+    rebuild_temperature: float | None = None
     route: Route = "auto"
 
     def __post_init__(self) -> None:
@@ -126,7 +139,43 @@ class Expedite:
             scale=self.scale,
             neighbours=self.neighbours,
             normalise=self.normalise,
+            rebuild_temperature=self.rebuild_temperature,
             route=self.route,
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Expedite:
+        """The options of the authors' configurations: of Expedit-SAM (`hourglass_...`), or of Expedit-Segmenter
+        (`cluster_cfg` and `reconstruction_cfg`), which counts blocks differently; weights have length one in both."""
+        known = {*SAM_SETTINGS, "cluster_cfg", "reconstruction_cfg"}
+        for name in settings:
+            if name not in known:
+                raise unknown("setting of Expedit", name, known)
+        if "cluster_cfg" in settings:
+            given = dict(settings["cluster_cfg"])
+            stage, back = dict(given.get("stage", {})), dict(settings.get("reconstruction_cfg") or {})
+            alpha, last = int(given["location"]) + 1, int(back.get("location", -1))
+            return cls(
+                alpha=alpha,
+                beta=None if last < 0 else last + 1 - alpha,
+                clusters=_grid(stage["num_spixels"]),
+                iterations=stage.get("n_iters", 5),
+                window=stage.get("window_size", 7),
+                temperature=stage.get("temperture", 1.0),
+                neighbours=back.get("k", 3),
+                rebuild_temperature=back.get("temperture", 0.05),
+                normalise="l2",
+            )
+        given = {**SAM_SETTINGS, **settings}
+        location = given["hourglass_clustering_location"]
+        return cls(
+            alpha=location if location >= 0 else NEVER,
+            clusters=_grid(given["hourglass_num_cluster"]),
+            iterations=given["hourglass_cluster_iters"],
+            window=given["hourglass_cluster_window_size"],
+            temperature=given["hourglass_temperture"],
+            neighbours=given["hourglass_reconstruction_k"],
+            normalise="l2",
         )
 
     def _check(self, inner: Any) -> None:
@@ -161,3 +210,13 @@ class Expedite:
 
 def _inner(model: nn.Module) -> Any:
     return getattr(model, "backbone", model)
+
+
+def _grid(count: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of clusters, from their number (a square) or both."""
+    if not isinstance(count, int):
+        return int(count[0]), int(count[1])
+    side = math.isqrt(count)
+    if side * side != count:
+        raise AdviceError(f"{count} clusters make no square; give rows and columns, e.g. {(side, -(-count // side))}.")
+    return side, side
