@@ -42,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
         from lynceus.cli import robustify
 
         return robustify.main(argv[1:])
+    if argv and argv[0] == "distil":
+        from lynceus.cli import distil
+
+        return distil.main(argv[1:])
     if argv and argv[0] == "specialise":
         from lynceus.cli import specialise
 

@@ -11,6 +11,7 @@ from torch import nn
 import lynceus
 from lynceus.core.nouns import Rewrite, chain
 from lynceus.core.subject import owns_pixels
+from lynceus.rewrite.block_prune import BlockPrune
 from lynceus.rewrite.crop_selection import CropSelection
 from lynceus.rewrite.expedite import Expedite
 from lynceus.rewrite.haloify import Haloify
@@ -36,6 +37,8 @@ def ours(name: str, **changes):
 
 # a rewrite, and the network it is tried on
 REWRITES = [
+    (BlockPrune(block=(16, 32), flops=0.5), ours("vit_nano")),
+    (BlockPrune(block=8, flops=0.6, cost="tokens"), ours("swin_nano")),
     (CropSelection(input_size=24, view=32), cnn),
     (CropSelection(input_size=24, view=32, cyclic=True), cnn),
     (CropSelection(input_size=24, view=32, top=3, score="log"), cnn),

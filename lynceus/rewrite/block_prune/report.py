@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -38,16 +39,23 @@ def sparsity_report(
     facts = facts or {}
     timed = timed or facts.get("cost") == "measured"
     rows = []
+    plan = getattr(getattr(model, "rewrite", None), "kept", {})
+    dropped = 0
     for name, layer in sparse.items():
         o, i = layer.out_features, layer.in_features
-        kept, places = int(layer.kept.sum()), used.get(name, 0)
+        kept, places, of = int(layer.kept.sum()), used.get(name, 0), layer.kept.size
+        planned = re.match(r"(\d+)x(\d+):", plan.get(name, ""))
+        if planned is not None and (grid := (int(planned[1]), int(planned[2]))) != layer.grid:
+            # heads were taken out, always in whole blocks
+            o, i = (n + (g - h) * b for n, g, h, b in zip((o, i), grid, layer.grid, layer.block))
+            of, dropped = grid[0] * grid[1], dropped + 1
         row: dict[str, Any] = {
             "layer": name,
             "shape": f"{o}x{i}",
             "block": f"{layer.block[0]}x{layer.block[1]}",
-            "sparsity": 1 - kept / layer.kept.size,
+            "sparsity": 1 - kept / of,
             "blocks": kept,
-            "of": layer.kept.size,
+            "of": of,
             "macs": layer.weights * places,
             "dense macs": o * i * places,
             "power (weights)": kept * (i // TILE),
@@ -74,6 +82,8 @@ def sparsity_report(
         f"Power is counted in multiplications of blocks with {TILE}-wide tiles: blocks x in / {TILE} (weights), and "
         f"blocks x tokens / {TILE} per image (tokens)."
     ]
+    if dropped:
+        notes.append(f"Attention heads were taken out of {dropped} of these layers; dense counts them as they were.")
     if "cost left" in facts:
         unit = "milliseconds per image" if facts["cost"] == "measured" else "block multiplications"
         notes.append(

@@ -54,8 +54,8 @@ class BlockPrune:
     layers: regular expression that the names of the layers to prune must contain; "" for all. exclude: one that they
     must not contain; by default the patches and the classifier are left whole.
     smooth: weight of the moving average along the curves, in [0, 1). min_keep: least share of a layer that is kept;
-    None: min(.05, (1 - flops) / 2). drop_heads: take attention heads out whose blocks are all gone. batch: images per
-    gradient.
+    None: min(.05, (1 - flops) / 2). drop_heads: take attention heads out whose blocks are all gone.
+    gradient_batch: images per gradient.
     """
 
     calibration: ClassVar[int] = 512
@@ -71,7 +71,7 @@ class BlockPrune:
     smooth: float = 0.5
     min_keep: float | None = None
     drop_heads: bool = True
-    batch: int = 32
+    gradient_batch: int = 32
 
     def __post_init__(self) -> None:
         if min(self.sides) < 1:
@@ -91,8 +91,8 @@ class BlockPrune:
             raise AdviceError(f"smooth is at least 0 and below 1, not {self.smooth}.")
         if self.min_keep is not None and not 0 <= self.min_keep < 1:
             raise AdviceError(f"min_keep is a share of a layer's blocks, at least 0 and below 1, not {self.min_keep}.")
-        if self.batch < 1:
-            raise AdviceError(f"batch is at least 1 image, not {self.batch}.")
+        if self.gradient_batch < 1:
+            raise AdviceError(f"gradient_batch is at least 1 image, not {self.gradient_batch}.")
         for name in ("layers", "exclude"):
             try:
                 re.compile(getattr(self, name))
@@ -133,7 +133,7 @@ class BlockPrune:
         found: dict[str, Tensor] = {}
         if self.ranking == "taylor" or self.spread == "curves":
             with progress("calibrating", total=1, unit="pass") as bar:
-                found = gradients(model, images, chosen, batch=self.batch)
+                found = gradients(model, images, chosen, batch=self.gradient_batch)
                 bar.advance()
         out = []
         for name in chosen:

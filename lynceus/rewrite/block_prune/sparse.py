@@ -9,7 +9,7 @@ and export included, the weight is put together and multiplied as a dense one. A
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class BlockSparseLinear(nn.Module):
         self._packed = Kept()
 
     @classmethod
-    def of(cls, layer: Any, block: tuple[int, int], kept: Bool[Tensor, "r c"]) -> Self:
+    def of(cls, layer: Any, block: tuple[int, int], kept: Bool[Tensor, "r c"]) -> Any:
         """The layer with the kept blocks of `layer` (an nn.Linear; a convolution for BlockSparseConv), in its dtype and
         on its device."""
         matrix = matrix_of(layer)
@@ -94,6 +94,7 @@ class BlockSparseLinear(nn.Module):
         if isinstance(layer, nn.Conv2d):
             made.size = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
         made.take(matrix, layer.bias)
+        made.blocks.requires_grad_(layer.weight.requires_grad)
         made.train(layer.training)
         return made
 
