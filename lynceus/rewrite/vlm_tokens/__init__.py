@@ -35,6 +35,7 @@ from lynceus.rewrite.vlm_tokens.choose import (
     final_share,
     image_attention,
     last_attention,
+    length,
     on_grid,
     share,
     top,
@@ -59,7 +60,7 @@ class VlmTokens:
     ratio: share of the image tokens dropped by score, 0 to 1; None: 0.7 for feather (whose second cut keeps
     (1 - ratio)^2 of what is there), 0.75 for fastv.
     stride: every which row and column the grid keeps; None: 3 for feather, 2 for uniform.
-    last: uniform also keeps this share of the tokens at the end of each image.
+    last: uniform also keeps this share of the tokens at the end of each tile.
     grid: layout of one image's tokens, such as 24x24, or 24x24,48x36+1 for two tiles,
     the second with one newline token behind each row; None: read from the model's inputs, a square for plain LLaVA.
     criterion: a function of `Look` that gives scores, in place of the method's own.
@@ -313,12 +314,11 @@ def _begin(key: object, by: VlmTokens) -> Callable[..., Any]:
             image, valid = image & valid, None if bool(valid.all()) else valid
         grid = torch.zeros_like(image)
         if pruning and by.method in ("feather", "uniform"):
-            counts = image.sum(1).tolist()
-            tiles = layouts.tiles_of(holder, kwargs, counts, parse_grid(by.grid))
+            tiles = layouts.tiles_of(holder, kwargs, image, parse_grid(by.grid))
             assert by.stride is not None
             marks = torch.cat([on_grid(t, by.stride) for t in tiles])
             if by.last:
-                marks |= torch.cat([final_share([c], by.last) for c in counts])
+                marks |= torch.cat([final_share([length([t]) for t in row], by.last) for row in tiles])
             grid[image] = marks.to(image.device)
         assert by.layers is not None
         at = Pass(

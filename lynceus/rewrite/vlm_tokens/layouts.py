@@ -6,21 +6,27 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError
 from lynceus.rewrite.vlm_tokens.choose import Tile, length
 
+TILED = ("llava_next", "llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "glm4v")
 HOW = "say how one image's tokens lie, as grid='24x24', or tile after tile, grid='24x24,48x36+1' (+1: newlines)"
 
 
-def tiles_of(model: Any, inputs: dict[str, Any], counts: list[int], grid: tuple[Tile, ...] | None) -> list[list[Tile]]:
-    """Tiles of each row of the batch. inputs: of the model's forward. counts: image tokens of each row.
+def tiles_of(
+    model: Any, inputs: dict[str, Any], image: Bool[Tensor, "b n"], grid: tuple[Tile, ...] | None
+) -> list[list[Tile]]:
+    """Tiles of each row of the batch. inputs: of the model's forward. image: which tokens are the images'.
 
-    grid: the layout of one image as the caller says it. Else: image_grid_thw of Qwen2-VL and its kin, image_sizes of
-    LLaVA-NeXT, and one square per image for all others."""
+    grid: the layout of one image as the caller says it. Else: image_grid_thw of Qwen2-VL and its kin (or their
+    positions of rows and columns, which is what generate() hands on), image_sizes of LLaVA-NeXT, one square per image
+    otherwise."""
+    counts = image.sum(1).tolist()
     if grid is not None:
-        return _shared([list(grid)], counts, "grid= is a layout")
+        return _shared(list(grid), counts, "grid= is a layout")
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     if inputs.get("image_grid_thw") is not None:
         merge = int(getattr(model.config.vision_config, "spatial_merge_size", 1))
@@ -28,17 +34,34 @@ def tiles_of(model: Any, inputs: dict[str, Any], counts: list[int], grid: tuple[
             [(h // merge, w // merge)] * t for t, h, w in inputs["image_grid_thw"].reshape(-1, 3).tolist()
         ]
         return _dealt(images, counts)
+    positions = inputs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 3 and len(positions) >= 3:
+        return [_of_positions(positions[-2:, i], image[i]) for i in range(len(image))]
     if kind == "llava_next" and inputs.get("image_sizes") is not None:
         return _dealt([_next_tiles(model, tuple(s)) for s in inputs["image_sizes"].tolist()], counts)
-    if kind == "llava_onevision":
-        raise AdviceError(f"The tiles of {type(model).__name__} cannot be told from its inputs; {HOW}.")
+    if kind in TILED:
+        raise AdviceError(
+            f"How the tiles of {type(model).__name__} lie cannot be told from what its forward is given here; {HOW}. "
+            "method='fastv' and 'fastv_norope' need no layout."
+        )
     pixels = inputs.get("pixel_values")
-    images_given = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim == 4 else None
+    given = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim == 4 else 0
     total = sum(counts)
-    if images_given and total % images_given == 0:
-        return _shared([[_square(total // images_given)]], counts, "an image is a square")
-    single = min((c for c in counts if c), default=0)
-    return _shared([[_square(single)]], counts, "an image is a square")
+    one = total // given if given and total % given == 0 else min(c for c in counts if c)
+    return _shared([_square(one)], counts, "an image is a square")
+
+
+def _of_positions(places: Int[Tensor, "2 n"], image: Bool[Tensor, " n"]) -> list[Tile]:
+    """One tile per frame of each run of image tokens, from the rows and columns in their positions."""
+    out: list[Tile] = []
+    at = image.nonzero()[:, 0]
+    starts = (at.diff() != 1).nonzero()[:, 0] + 1
+    for run in at.tensor_split(starts.tolist()) if len(at) else ():
+        rows, columns = ((p.max() - p.min() + 1).item() for p in places[:, run])
+        out += [(int(rows), int(columns))] * (len(run) // int(rows * columns))
+    if length(out) != len(at):
+        raise AdviceError(f"The positions of the {len(at)} image tokens make no rows and columns; {HOW}.")
+    return out
 
 
 def _square(tokens: int) -> Tile:
@@ -51,9 +74,8 @@ def _square(tokens: int) -> Tile:
     return side, side
 
 
-def _shared(image: list[list[Tile]], counts: list[int], said: str) -> list[list[Tile]]:
+def _shared(one: list[Tile], counts: list[int], said: str) -> list[list[Tile]]:
     """The same layout for every image; each row holds as many images as its tokens make."""
-    one = image[0]
     size = length(one)
     wrong = [c for c in counts if size == 0 or c % size]
     if wrong:

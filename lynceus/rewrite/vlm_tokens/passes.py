@@ -68,7 +68,7 @@ class Pass:
     valid: Tensor | None  # (b, n); None: no padding
     past: int  # columns that the cache held before
     pruning: bool
-    now: Tensor | None = None  # (b, m): columns of this call's tokens still there, counted from 0
+    now: Tensor | None = None  # (b, m): columns of this call's tokens still there, from 0; None: all
     real: Tensor | None = None  # (b, m); None: no fillers
     frozen: Tensor | None = None  # (b, n, d): each token as it was when it was dropped
     chosen: Tensor | None = None
@@ -147,23 +147,21 @@ def cut(at: Pass, index: int, hidden: Tensor) -> Tensor:
     at.frozen = hidden if at.frozen is None else _into(at.frozen, hidden, columns, at.real)
     counts = stays.sum(1).tolist()
     most = max(counts)
-    if most < hidden.shape[1]:
+    if min(counts) < hidden.shape[1]:
         picked = stays.long().argsort(dim=1, stable=True)[:, hidden.shape[1] - most :]
         at.now = columns.gather(1, picked)
         at.real = stays.gather(1, picked) if min(counts) < most else None
         hidden = hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1]))
-    elif at.now is None:
-        at.now = columns
-    at.kept[index] = torch.zeros_like(at.image).scatter(
-        1, at.now, torch.ones_like(at.now, dtype=torch.bool) if at.real is None else at.real
-    )
+    now = at.columns()
+    real = torch.ones_like(now, dtype=torch.bool) if at.real is None else at.real
+    at.kept[index] = torch.zeros_like(at.image).scatter(1, now, real)
     at.rope = None
     return hidden
 
 
 def restored(at: Pass, out: Tensor, norm: nn.Module) -> Tensor:
     """The decoder's output (b, n, d) for the whole prompt: dropped tokens as they were when dropped, normed."""
-    if at.frozen is None or at.now is None or out.shape[1] == at.size[1]:
+    if at.frozen is None or at.now is None:
         return out
     return _into(norm(at.frozen).to(out.dtype), out, at.now, at.real)
 
@@ -180,9 +178,8 @@ def narrowed(at: Pass, index: int, layer: nn.Module, kwargs: dict[str, Any]) -> 
     """Positions and masks of the tokens that are there in layer `index`."""
     stage = sum(k <= index for k in at.layers) - 1
     out = dict(kwargs)
-    n, moved = at.size[1], at.now is not None and at.now.shape[1] < at.size[1]
-    if moved:
-        assert at.now is not None
+    n = at.size[1]
+    if at.now is not None:
         for name, value in kwargs.items():
             if name not in KNOWN and isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == n:
                 raise AdviceError(
@@ -249,7 +246,7 @@ def _mask(at: Pass, stage: int, index: int, layer: nn.Module, given: Any, cache:
     b = len(new)
     rows = at.columns()[:, None, :, None].expand(-1, given.shape[1], -1, given.shape[-1])
     mask = given.expand(b, -1, -1, -1)
-    if queries < at.size[1]:
+    if at.now is not None:
         mask = mask.gather(2, rows)
     mask = mask.gather(3, (columns - begin).clamp(min=0)[:, None, None].expand(-1, mask.shape[1], queries, -1))
     seen = (real & inside)[:, None, None].expand(-1, 1, queries, -1)
