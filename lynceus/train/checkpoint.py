@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def exportable(model: nn.Module) -> bool:
     if hasattr(model, "rewrite") and hasattr(model, "original"):
         return exportable(model.original)  # type: ignore[arg-type]
     return (hasattr(model, "task") and hasattr(model, "backbone")) or (
-        hasattr(model, "config") and hasattr(model, "stages")
+        hasattr(model, "config") and (hasattr(model, "stages") or hasattr(model, "builder"))
     )
 
 
@@ -60,6 +60,8 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
     return {
         "name": str(getattr(backbone, "name", type(backbone).__name__)),
         "config": to_dict(getattr(backbone, "config", None)),
+        # networks that are no backbones of images say what builds them: "module:function" of (config, name)
+        **({"builder": str(backbone.builder)} if hasattr(backbone, "builder") else {}),
         "mean": [float(v) for v in getattr(backbone, "mean", ())],
         "std": [float(v) for v in getattr(backbone, "std", ())],
     }
@@ -175,6 +177,11 @@ def read_description(file: Path) -> dict[str, Any]:
 def build_backbone(description: dict[str, Any]) -> nn.Module:
     """A backbone, freshly initialised, from what `describe_backbone` gave."""
     name = description["name"]
+    if "builder" in description:
+        made = _built(description)
+        for step in description.get("rewrites", []):
+            made = _rewrite(step, "this model")(made, None)
+        return made
     if name not in variants() and not name.startswith("timm:"):
         raise AdviceError(
             f"This model's backbone {name!r} is none of this library's families ({', '.join(FAMILIES)}), so it cannot "
@@ -183,6 +190,17 @@ def build_backbone(description: dict[str, Any]) -> nn.Module:
     made = rebuild(description)
     for step in description.get("rewrites", []):
         made = _rewrite(step, "this model")(made, None)
+    return made
+
+
+def _built(description: dict[str, Any]) -> nn.Module:
+    """A network of this library that is no backbone of images, from the function that builds it."""
+    module, _, name = str(description["builder"]).partition(":")
+    if not module.startswith("lynceus."):
+        raise AdviceError(f"{description['name']} is built by {description['builder']}, which is not of this library.")
+    build = getattr(import_module(module), name)
+    kind = get_type_hints(build)["config"]
+    made: nn.Module = build(from_dict(kind, description["config"], where=description["name"]), description["name"])
     return made
 
 

@@ -5,8 +5,8 @@ arXiv 2201.06268. Reference code: LukasHedegaard/continual-inference (Apache-2.0
 
 Single-output attention answers for one query of the window, retroactive attention for all n of them, both in O(n e) a
 token. The latter keeps, for each query, the sum of its unnormalised weights and of the weighted values, takes the
-oldest key out of them and puts the new one in. Each query has its own running maximum, so nothing overflows; and since a query
-whose weights have mostly left the window would keep little but rounding, such queries are summed anew.
+oldest key out of them and puts the new one in. Each query has its own running maximum, so nothing overflows; and
+since a query whose weights have mostly left the window would keep little but rounding, all are summed anew then.
 """
 
 from __future__ import annotations

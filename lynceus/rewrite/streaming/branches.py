@@ -132,8 +132,9 @@ class Branches(Node):
                 "give them one."
             )
         # two outputs belong together when what they have seen has the same place: see the cut in the clip
-        spans = [r.reach - 2 * r.padding for r in rates]
-        if self.shrink is None and len(set(spans)) > 1 and not self._pools(rates):
+        spans = [r.lost for r in rates]
+        gate = self.reduce == "mul" and any(n.one_step for n in self.nodes)  # repeated along the other branch
+        if self.shrink is None and len(set(spans)) > 1 and not gate:
             raise AdviceError(
                 f"The branches of {self.name} shrink time by different amounts; pad them alike, or say what to keep of "
                 "the longer ones: shrink='centred'."
@@ -149,12 +150,9 @@ class Branches(Node):
         self.waits = [-(-(last - r.delay) // r.stride) for r in self.rates]
         self.width = sum(n.width for n in self.nodes) + sum(self.waits)
         reach, padding = max(r.reach for r in rates), max(r.padding for r in rates)
-        self.leaves = Rate(delay=last, stride=rates[0].stride, reach=reach, padding=padding)
+        lost = min(spans) if gate else max(spans)
+        self.leaves = Rate(delay=last, stride=rates[0].stride, reach=reach, padding=padding, lost=lost)
         return self.leaves
-
-    def _pools(self, rates: Sequence[Rate]) -> bool:
-        """A gate: a branch that pools over time is repeated along the others."""
-        return self.reduce == "mul" and len(rates) == 2 and rates[0].delay != rates[1].delay
 
     def begin(self, x: Tensor) -> tuple[Held, Tensor]:
         held: Held = ()

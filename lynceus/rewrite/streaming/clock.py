@@ -17,12 +17,14 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Rate:
     """Arrivals at the frames delay + j stride; reach and padding (both in frames) say what arrival j has seen: frames
-    j stride - padding to j stride - padding + reach - 1, so that delay = reach - 1 - padding."""
+    j stride - padding to j stride - padding + reach - 1, so that delay = reach - 1 - padding. lost: frames by which a
+    clip gets shorter."""
 
     delay: int = 0
     stride: int = 1
     reach: int = 1
     padding: int = 0
+    lost: int = 0
 
     def through(self, *, reach: int, padding: int, stride: int) -> Rate:
         """The rate behind a layer that looks at `reach` arrivals, is padded with `padding` and keeps each stride-th."""
@@ -31,6 +33,7 @@ class Rate:
             stride=self.stride * stride,
             reach=self.reach + self.stride * (reach - 1),
             padding=self.padding + self.stride * padding,
+            lost=self.lost + self.stride * (reach - 1 - 2 * padding),
         )
 
     def skipping(self, count: int) -> Rate:
@@ -39,7 +42,7 @@ class Rate:
 
     def arrivals(self, frames: int) -> int:
         """How many there are in a clip of so many frames (padded at both ends)."""
-        return max(0, (frames + 2 * self.padding - self.reach) // self.stride + 1)
+        return max(0, (frames - self.lost - 1) // self.stride + 1)
 
 
 class Clock:

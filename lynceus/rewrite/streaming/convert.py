@@ -206,7 +206,7 @@ def _global_pool(module: nn.Module, where: str, walk: Walk) -> Node:
         if window < 1:
             raise AdviceError(
                 f"A clip of window={walk.window} frames leaves nothing for {where}, which stands behind layers that "
-                f"see {walk.rate.reach - 2 * walk.rate.padding}; give a window of at least that."
+                f"take {walk.rate.lost} away; give a longer window."
             )
     walk.pooled = True
     return pooling.global_pool(where, module, window, walk.fill)

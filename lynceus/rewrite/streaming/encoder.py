@@ -60,7 +60,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, name: str = "encoder"):
         super().__init__()
-        self.config, self.name = config, name
+        self.config, self.name, self.window = config, name, config.window
         layer = nn.TransformerEncoderLayer(
             config.dim, config.heads, config.feedforward, config.dropout, config.activation,
             batch_first=True, norm_first=config.norm_first,

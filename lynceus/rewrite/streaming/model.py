@@ -29,7 +29,6 @@ from lynceus.core.errors import AdviceError
 from lynceus.rewrite.streaming.clock import Clock, Rate, SteadyClock, TracedClock
 from lynceus.rewrite.streaming.convert import Walk, axes_of, node_of
 from lynceus.rewrite.streaming.node import Fill, Node
-from lynceus.rewrite.swap import signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,8 @@ class State:
 class Streaming:
     """Rewrite: the same model with a `step` that takes one frame; see `convert`.
 
-    window: frames of a clip, for layers that look at all of it (global pooling, attention). fill: what padded layers
+    window: frames of a clip, for layers that look at all of it (global pooling, attention); None: what the model itself
+    says it is. fill: what padded layers
     see before the first frame: "zeros" as in the clip model, or "replicate", the first frame again.
     """
 
@@ -75,9 +75,6 @@ class Streaming:
         if isinstance(model, StreamingModel):
             raise AdviceError("This model was converted already; its clip model is model.model.")
         made = StreamingModel(copy.deepcopy(model).eval(), self)
-        signed(made, self)
-        if hasattr(model, "config") or hasattr(model, "rewrite"):
-            made.original = model
         if example is not None:
             with torch.no_grad():
                 made(example)
@@ -108,9 +105,10 @@ class StreamingModel(nn.Module):
             if getattr(m, "inplace", False):
                 m.inplace = False  # type: ignore[assignment]  # what a layer holds must not be overwritten
         self.model = model
-        self.by = by
+        self.rewrite = by
         self.time, rank = axes_of(model)
-        walk = Walk(window=by.window, fill=by.fill, time=self.time, rank=rank)
+        window = getattr(model, "window", None) if by.window is None else by.window
+        walk = Walk(window=window, fill=by.fill, time=self.time, rank=rank)
         self._node: Node = node_of(model, walk)
         self.rate: Rate = walk.rate
         self.structure = hashlib.blake2b(self._node.describe().encode(), digest_size=8).hexdigest()
@@ -118,6 +116,12 @@ class StreamingModel(nn.Module):
         self.owns_pixels = bool(getattr(model, "owns_pixels", False))
         self._compiled: dict[int, Any] = {}
         self.eval()
+
+    @property
+    def original(self) -> Any:
+        """The clip model, or where a file cannot say how to build it, its name: load_model(path, backbone=...)."""
+        says = any(hasattr(self.model, n) for n in ("task", "config", "rewrite"))
+        return self.model if says else _Bare(type(self.model).__name__)
 
     @property
     def delay(self) -> int:
@@ -189,23 +193,25 @@ class StreamingModel(nn.Module):
 
     # steps ------------------------------------------------------------------------------------------
     def step(
-        self, frame: Float[Tensor, b * channels_and_space], state: State
+        self, frame: Float[Tensor, b * channels_and_space], state: State, *, grad: bool = False
     ) -> tuple[Float[Tensor, b * rest] | None, State]:
         """One frame (b, c, ...): the output, or None when there is none for this frame; and the state after it.
 
-        The state given is left as it was. AdviceError when it belongs to another model, batch or frame size."""
+        The state given is left as it was. grad: keep what gradients need, of this step and through the state of all
+        before it. AdviceError when the state belongs to another model, batch or frame size."""
         self.check_state(frame, state)
-        if self._compiled and state.frames >= self._steady:
-            return self._step_compiled(frame, state)
-        y, held = self._node(frame.clone(), state.tensors, Clock(state.frames))
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            if self._compiled and state.frames >= self._steady:
+                return self._step_compiled(frame, state)
+            y, held = self._node(frame.clone(), state.tensors, Clock(state.frames))
         return y, State(held, state.frames + 1, state.of, state.like)
 
-    def steps(self, frames: Tensor, state: State) -> tuple[Tensor | None, State]:
+    def steps(self, frames: Tensor, state: State, *, grad: bool = False) -> tuple[Tensor | None, State]:
         """Several frames, as a clip (b, c, t, ...): the outputs stacked where the clip has time (None when there are
         none), and the state after them."""
         outputs = []
         for frame in frames.unbind(self.time):
-            y, state = self.step(frame, state)
+            y, state = self.step(frame, state, grad=grad)
             if y is not None:
                 outputs.append(y)
         return (torch.stack(outputs, min(self.time, outputs[0].ndim)) if outputs else None), state
@@ -238,6 +244,15 @@ class StreamingModel(nn.Module):
         """The step as a module of tensors alone, for torch.export: see `StepModule`."""
         self._evaluating()
         return StepModule(self)
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A model of which only the name is known."""
+
+    name: str
+    config: None = None
+    stages: tuple[()] = ()
 
 
 class _Phase:

@@ -28,6 +28,7 @@ class Node:
     padding = 0
     stride = 1
     width = 0
+    one_step = False  # whether a clip has one time step behind it
 
     def __init__(self, name: str):
         self.name = name
@@ -134,6 +135,7 @@ class Chain(Node):
         super().__init__(name)
         self.nodes = list(nodes)
         self.width = sum(n.width for n in self.nodes)
+        self.one_step = any(n.one_step for n in self.nodes)
 
     def place(self, enters: Rate) -> Rate:
         self.enters = self.leaves = enters

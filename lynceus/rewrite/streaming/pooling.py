@@ -185,7 +185,9 @@ def global_pool(name: str, module: nn.Module, window: int, fill: Fill) -> PoolNo
             y: Tensor = table[dims - 1](x, size[1:])
             return y
 
-    return ringed(PoolNode(name, kernel=window, largest=largest, fill=fill, space=space))
+    node = ringed(PoolNode(name, kernel=window, largest=largest, fill=fill, space=space))
+    node.one_step = True
+    return node
 
 
 def pools_all_time(module: nn.Module) -> bool:
