@@ -27,7 +27,7 @@ SOURCES: dict[str, tuple[Rule, ...]] = {
         Rule(pattern=r"^(res2?)\.1\.", name=r"\1.fn."),
         # encoders
         Rule(pattern=r"\._ff_block\.(?:1|fn)\.", name="."),
-        Rule(pattern=r"\.fn(?=\.(?:norm|linear|_ff|[01]\.|weight|bias))", name=""),
+        *[Rule(pattern=r"^((?:layers|norm)\b[\w.]*?)\.fn\.", name=r"\1.")] * 2,
         Rule(pattern=r"^layers\.(\d+)\.[01]\.(?=self_attn|norm|linear)", name=r"layers.\1."),
     ),
 }
