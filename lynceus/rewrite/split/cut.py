@@ -233,8 +233,8 @@ def axes(backbone: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     vit = isinstance(backbone, ViT)
     block = _VIT_BLOCK if vit else _SWIN_BLOCK
     rest = _VIT_REST if vit else _SWIN_REST
-    last = len(anatomy(backbone).widths) - 1
-    stages, paths = anatomy(backbone).stages, anatomy(backbone).blocks
+    parts = anatomy(backbone)
+    last, stages, paths = len(parts.widths) - 1, parts.stages, parts.blocks
     out: dict[str, tuple[Axis | None, ...]] = {}
     for name in backbone.state_dict():
         own = next((i for i, path in enumerate(paths) if name.startswith(path + ".")), None)

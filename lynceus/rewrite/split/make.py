@@ -30,14 +30,13 @@ from lynceus.rewrite.split.retrain import Retrain, moved, outputs, retrain
 class SplitConfig:
     """How a model is split.
 
-    parts: sub-models; None for one per device. group: which classes go
-    together: random, confusion (those that the model mixes up), or the groups themselves. pruned: shares of the heads
-    that every sub-model loses at least; None for half. measure: of importance: taylor (second order), fast or exact
-    (the KL itself), magnitude, random. calibration: images of a sub-model's classes that importance is measured on.
-    rounds: of pruning and retraining on the way from nothing to what goes. ratio: of the fusion's hidden layer to its
-    input. fusion_steps: training steps of the fusion. views: moved copies of the images that it learns from besides, if retrain moves any.
-    feature_dropout: probability that a sub-model's feature is
-    missing in them. seed: of every random choice.
+    parts: sub-models; None for one per device. group: which classes go together: random, confusion (those that the
+    model mixes up), or the groups themselves. pruned: shares of the heads that every sub-model loses at least; None for
+    half. measure: of importance: taylor (second order), fast or exact (the KL itself), magnitude, random. calibration:
+    images of a sub-model's classes that importance is measured on. rounds: of pruning and retraining on the way from
+    nothing to what goes. ratio: of the fusion's hidden layer to its input. fusion_steps: training steps of the fusion.
+    views: moved copies of the images that it learns from besides, if retrain moves any. feature_dropout: probability
+    that a sub-model's feature is missing in them. seed: of every random choice.
     """
 
     parts: int | None = None
