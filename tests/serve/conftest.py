@@ -4,9 +4,11 @@ import io
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,17 @@ def picture(h, w, seed=0):
     coarse = r.integers(0, 256, (4, 5, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC), dtype=np.int16)
     return np.clip(image + r.integers(-12, 13, (h, w, 1)), 0, 255).astype(np.uint8)
+
+
+def png_bomb(h, w):
+    """A PNG of few bytes whose header tells of h x w pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes(1 << 20), 9)
+    head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="session")

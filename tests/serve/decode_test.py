@@ -2,13 +2,12 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serve_kit import encode, picture
+from serve_kit import encode, picture, png_bomb
 
 from lynceus.data.decode import read_image
 from lynceus.serve.decode import decode, kind_of, npy
@@ -97,15 +96,6 @@ def test_not_strict_is_read_image():
     with pytest.raises(Corrupt):
         decode(raw)
     assert torch.equal(decode(raw, strict=False), read_image(raw))
-
-
-def png_bomb(h, w):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(1 << 20), 9)
-    head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(

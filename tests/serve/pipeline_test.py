@@ -1,5 +1,6 @@
 """The pipeline without HTTP: offline answers, gapless spans, batches unharmed by a bad member, bounds, hot settings."""
 
+import itertools
 import threading
 import time
 
@@ -105,7 +106,7 @@ def test_spans_follow_each_other_and_sum_to_the_whole(classifier, files):
         assert [n for n, _, _ in spans] == [n for n in SPANS if n in dict.fromkeys(n for n, _, _ in spans)]
         assert spans[0][1] == a.trace.begun >= before
         assert spans[-1][2] <= after
-        for (_, start, end), (_, following, _) in zip(spans, spans[1:]):
+        for (_, start, end), (_, following, _) in itertools.pairwise(spans):
             assert start <= end == following
         assert sum(a.trace.seconds().values()) == pytest.approx(a.trace.total, rel=0.02)
         events = [e for e in a.trace.chrome()["traceEvents"] if e["ph"] == "X"]
