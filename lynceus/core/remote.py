@@ -128,7 +128,7 @@ class Remote:
                 raise AdviceError(
                     f"{self.url} answers with the keys {sorted(value)[:6]}; one of {', '.join(KEYS)} is needed."
                 )
-            if self.probabilities is None:
+            if self.probabilities is None and key != "scores":  # which may be either; their sum tells
                 self.probabilities = key == "probabilities"
             value = value[key]
             if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):

@@ -41,7 +41,7 @@ class Server:
             lifespan="off",
             access_log=False,
             server_header=False,
-            log_level="warning",
+            log_level="error",
             log_config=None,
             timeout_keep_alive=30,
             backlog=min(4096, max(128, config.connections)),
