@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -27,12 +27,17 @@ class Options:
     clients: tuple[int, ...] | None = None  # concurrencies; default: 1 to 512 in doublings
     crowd: int = 32  # clients of the parts that need many
     seconds: float = 5.0  # per measured point
+    chain: bool = False  # two models linked in several ways, by objects per frame, instead; MODEL is the second one
+    links: tuple[Literal["fused", "memory", "shared", "redis", "file"], ...] | None = None  # of --chain; default: all
+    objects: tuple[int, ...] = (0, 1, 3, 5, 9, 15, 25)  # per frame, of --chain
     seed: int = 0  # of arrivals and order
     out: Path | None = None  # folder for report.html and report.json; default: runs/profile/MODEL
 
 
 def main(argv: Sequence[str]) -> int:
     options = parse(with_options(Options, config="lynceus.serve.config:ServeConfig"), argv, prog="lynceus profile")
+    if options.chain:
+        return chain(options)
     if not options.models:
         raise AdviceError("Name a model to profile, such as `lynceus profile runs/train/resnet_nano`.")
     out = run_folder(options.out, "profile", Path(options.models[0]).name.replace(":", "-"))
@@ -61,4 +66,28 @@ def main(argv: Sequence[str]) -> int:
     show(report, out=out, twin=twin)
     for part in report.parts:
         print(f"\n{part.table()}")
+    return 0
+
+
+def chain(options: Any) -> int:
+    """The chain experiment."""
+    out = run_folder(options.out, "profile", "chain")
+    sys.path.insert(0, str(Path.cwd()))
+    from lynceus.serve.chain_curve import LINKS, ChainCurve
+
+    more = {"second": options.models[0]} if options.models else {}
+    curve = ChainCurve(
+        objects=options.objects,
+        links=options.links or LINKS,
+        clients=options.crowd,
+        seconds=options.seconds,
+        server=replace(merged(options, "config"), models=(), port=0),
+        **more,
+    )
+    asked = f"objects={options.objects}, clients={options.crowd}, seconds={options.seconds}"
+    show(
+        curve(),
+        out=out,
+        twin=f"from lynceus.serve.chain_curve import ChainCurve\n\nprint(ChainCurve({asked})().table())",
+    )
     return 0
