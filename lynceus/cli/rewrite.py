@@ -37,6 +37,10 @@ REWRITES: dict[str, tuple[str, str]] = {
         "lynceus.rewrite.expedite.rewrite:Expedite",
         "some blocks of a transformer run on clusters of tokens; no training, same shapes and weights",
     ),
+    "prune_tokens": (
+        "lynceus.rewrite.prune_tokens.rewrite:PruneTokens",
+        "a Vim or PlainMamba drops unimportant tokens on its way, and knows where they stood",
+    ),
     "block_prune": (
         "lynceus.rewrite.block_prune.rewrite:BlockPrune",
         "whole blocks of weights go, as a budget says; what is left runs as block-sparse products",
@@ -64,7 +68,19 @@ REWRITES: dict[str, tuple[str, str]] = {
 }
 # those with options and an output of their own: name -> (module with main, one line)
 OWN: dict[str, tuple[str, str]] = {
+    "streaming": (
+        "lynceus.cli.rewrite_streaming",
+        "a network of video, skeletons or tokens run one frame at a time, with the clip's outputs",
+    ),
     "compare": ("lynceus.cli.rewrite_compare", "a model and what rewrites made of it: accuracy against measured time"),
+    "split": (
+        "lynceus.cli.rewrite_split",
+        "sub-models for weak devices, each for some classes: cut, placed under limits, and fused (ED-ViT)",
+    ),
+    "vlm_tokens": (
+        "lynceus.cli.rewrite_vlm",
+        "a vision-language model of transformers drops image tokens on the way (FEATHER, FastV)",
+    ),
 }
 
 

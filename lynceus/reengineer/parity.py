@@ -51,6 +51,7 @@ FAMILIES: dict[str, str] = {
     "plain-mamba": "lynceus.reengineer.keys.plain_mamba",
     "resnet": "lynceus.reengineer.keys.resnet",
     "soft": "lynceus.reengineer.keys.soft",
+    "ssm-token-pruning": "lynceus.reengineer.keys.ssm_token_pruning",
     "spartan": "lynceus.reengineer.keys.spartan",
     "swin": "lynceus.reengineer.keys.swin",
     "swin-v2": "lynceus.reengineer.keys.swin_v2",

@@ -15,6 +15,7 @@ from lynceus.rewrite.block_prune import BlockPrune
 from lynceus.rewrite.crop_selection import CropSelection
 from lynceus.rewrite.expedite import Expedite
 from lynceus.rewrite.haloify import Haloify
+from lynceus.rewrite.prune_tokens import PruneTokens
 from lynceus.tasks.classify import Classify
 
 
@@ -45,6 +46,8 @@ REWRITES = [
     (Haloify(block_size=4, halo_size=1), ours("resnet_nano")),
     (Expedite(alpha=2, clusters=(5, 6)), ours("vit_nano")),
     (Expedite(alpha=1, clusters=(3, 3), temperature="auto"), ours("swin_nano")),
+    (PruneTokens(blocks=(1, 2), keep=0.6), ours("vim_nano", class_token="middle")),
+    (PruneTokens(blocks=(2,), keep=0.5, carry="decay_prev"), ours("plain_mamba_nano")),
 ]
 
 
