@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("lynceus.cli.export", "torch.export and ONNX with free sizes, compared with the original"),
     "inspect": ("lynceus.cli.inspect", "what is in a checkpoint file, without running code from it"),
     "serve": ("lynceus.cli.serve", "answer pictures over HTTP, and show where the milliseconds go"),
+    "edge": ("lynceus.cli.edge", "run a split model here: a process per device, over TCP, one may die"),
     "parity": ("lynceus.cli.parity", "compare our models with records measured on the authors' code"),
     "diff": ("lynceus.cli.diff", "two models, or two reports: where they begin to differ"),
 }

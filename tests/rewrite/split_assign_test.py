@@ -103,7 +103,7 @@ def test_searching_gives_up_honestly():
         ([Device(name="pi")], Budget(bytes=10), "the budget is 10"),
         ([Device(name="pi", memory=50)], Budget(), "the largest device, pi, has 50"),
         ([Device(name="pi", memory=150)], Budget(), "all devices have 150"),
-        ([Device(name="pi", energy=0.5)], Budget(samples=10), r"Budget\(samples=5\)"),
+        ([Device(name="pi", energy=0.25)], Budget(samples=10), r"Budget\(samples=5\)"),
         ([Device(name="a", memory=120), Device(name="b", memory=110)], Budget(), "Add a device"),
     ],
 )
