@@ -12,25 +12,11 @@ from torch import Tensor, nn
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.core.rules import Rule
 from lynceus.rewrite.streaming import Residual, Streaming, WindowAttention
+from lynceus.rewrite.streaming.names import AUTHORS
 from lynceus.rewrite.streaming.st_gcn import NTU, STGCN, STGCNConfig
 from lynceus.rewrite.streaming.x3d import X3D, X3DConfig
 
-SOURCES: dict[str, tuple[Rule, ...]] = {
-    "authors": (
-        # X3D: numbers are places in containers
-        Rule(pattern=r"^(s\d\.pathway0_\w+)(?:\.\d+)+\.", name=r"\1."),
-        Rule(pattern=r"\.branch2\.se\.\d+\.", name=".branch2.se."),
-        # ST-GCN
-        Rule(pattern=r"^(layers\.layer\d+)\.0\.[01]\.", name=r"\1."),
-        Rule(pattern=r"^data_bn\.", name="joints_in.norm."),
-        # stack of convolutions: the identity comes first in a residual
-        Rule(pattern=r"^(res2?)\.1\.", name=r"\1.fn."),
-        # encoders
-        Rule(pattern=r"\._ff_block\.(?:1|fn)\.", name="."),
-        *[Rule(pattern=r"^((?:layers|norm)\b[\w.]*?)\.fn\.", name=r"\1.")] * 2,
-        Rule(pattern=r"^layers\.(\d+)\.[01]\.(?=self_attn|norm|linear)", name=r"layers.\1."),
-    ),
-}
+SOURCES: dict[str, tuple[Rule, ...]] = {"authors": AUTHORS}
 
 
 def build(config: Mapping[str, Any], record: Mapping[str, Any]) -> nn.Module:

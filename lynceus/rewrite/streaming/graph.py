@@ -61,6 +61,7 @@ class GraphNode(PerFrame):
     def __init__(self, name: str, module: GraphConv):
         super().__init__(name)
         self.module = module
+        self.inner = list(module.modules())
         self.stamp: tuple[Any, ...] | None = None
         self.sources: tuple[Tensor, ...] = ()
         self.folded: tuple[Tensor, Tensor, Tensor] | None = None
@@ -80,9 +81,10 @@ class GraphNode(PerFrame):
     def _fast(self, x: Tensor) -> Tensor | None:
         """Without gradients on a CPU: norm, biases and residual inside two products, channels last."""
         m = self.module
-        if not fusable(x) or x.dtype != torch.float32 or hooked(*m.modules()):
+        if not fusable(x) or x.dtype != torch.float32 or hooked(*self.inner):
             return None
-        watched = [*m.parameters(), *(b for b in m.buffers() if b.is_floating_point())]
+        watched = [t for i in self.inner for t in (*i._parameters.values(), *i._buffers.values()) if t is not None]
+        watched = [t for t in watched if t.is_floating_point()]
         if any(t.is_inference() or t.dtype != x.dtype for t in watched):
             return None
         stamp = tuple((t.data_ptr(), t._version) for t in watched)

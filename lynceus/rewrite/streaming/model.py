@@ -19,7 +19,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -60,7 +60,7 @@ class Streaming:
     """
 
     window: int | None = None
-    fill: Fill = "zeros"
+    fill: Literal["zeros", "replicate"] = "zeros"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
