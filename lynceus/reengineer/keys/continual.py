@@ -132,8 +132,9 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], record: Mapping[str,
     elif tokens:
         x = inputs["stream"].transpose(1, 2)
         y = model(x[:, :window]).transpose(1, 2)
-        last = wanted.get("window_forward", {}).get("shape", [0])[-1] == 1 and window > 1
-        out["window_forward"] = y[:, :, -1:] if last else y
+        one = wanted.get("window_forward", {}).get("shape", [0])[-1] == 1 and window > 1
+        at = getattr(model, "query", None)
+        out["window_forward"] = y[:, :, [window - 1 if at is None else at]] if one else y
     else:
         out["forward"] = model(inputs["stream"])
     if "stream" in inputs:
