@@ -44,11 +44,11 @@ def main(argv: Sequence[str]) -> int:
     server = serve(chain, config=config)
     try:
         if not options.quiet:
-            names = ", ".join(m.label for m in server.engine.registry.all())
+            names = ", ".join(server.labels)
             print(f"lynceus serves {names} at {server.url} (/docs says how to ask; Ctrl-C stops)", flush=True)
         while not stop.wait(0.5):
-            if not server._thread.is_alive():
-                raise AdviceError(f"The server ended: {server._error or 'see its log'}.")
+            if not server.alive:
+                raise AdviceError(f"The server ended: {getattr(server, '_error', None) or 'see its log'}.")
     finally:
         clean = server.stop()
     if not clean:

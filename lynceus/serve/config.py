@@ -33,6 +33,7 @@ class ServeConfig:
     exact: bool = True  # pixels as in `lynceus predict`; False: JPEG decoded small and resized in 8 bits, much faster
     strict: bool = True  # JPEG files that need guessing are corrupt
     size: int | None = None  # side the model is given; default: its own
+    engine: Literal["local", "ray"] = "local"  # ray: replicas on Ray Serve, `workers` of them
     broker: str = "shared"  # link to the workers: shared, redis://HOST:PORT/DB, file:FOLDER
     queue: int = 256  # requests on the way at most; more are answered with 503
     deadline_s: float = 30.0  # a request older than this is answered with 504
@@ -64,6 +65,8 @@ class ServeConfig:
         ):
             if not getattr(self, name) > 0:
                 raise AdviceError(f"{name} is above 0, not {getattr(self, name)}.")
+        if self.engine not in ("local", "ray"):
+            raise unknown("engine", str(self.engine), ("local", "ray"))
         if self.port > 65535:
             raise AdviceError(f"port is at most 65535, not {self.port}.")
         if self.placement not in ("client", "image", "batch", "device"):

@@ -10,11 +10,14 @@ import asyncio
 import socket
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lynceus.core.config import changed
 from lynceus.core.errors import AdviceError, missing_extra
 from lynceus.serve.config import Chain, ServeConfig
+
+if TYPE_CHECKING:
+    from lynceus.serve.ray_engine import RayServer
 
 
 class Server:
@@ -86,6 +89,16 @@ class Server:
         self.socket.close()
         return clean
 
+    @property
+    def labels(self) -> list[str]:
+        """NAME@VERSION of all models."""
+        return [m.label for m in self.engine.registry.all()]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still listens."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the server ends by itself."""
         self._thread.join()
@@ -127,13 +140,17 @@ def engine_of(models: Any, config: ServeConfig) -> Any:
     return Pipeline(config, models)
 
 
-def serve(models: Any = None, *, config: ServeConfig | None = None, **changes: Any) -> Server:
+def serve(models: Any = None, *, config: ServeConfig | None = None, **changes: Any) -> Server | RayServer:
     """A started server of a model, a mapping of names to models, or a chain; None: of config.models.
 
     changes: fields of ServeConfig, such as port=0, max_batch=8, workers=2. The server listens on loopback unless host
     says otherwise, in a thread of its own; `with serve(model) as server:` stops it at the end.
     """
     config = changed(config or ServeConfig(port=0), changes)
+    if config.engine == "ray":
+        from lynceus.serve.ray_engine import RayServer
+
+        return RayServer(models, config)
     engine = engine_of(models, config)
     try:
         return Server(engine, config).start()

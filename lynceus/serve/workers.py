@@ -70,7 +70,7 @@ class Fleet(Engine):
     def __init__(self, config: ServeConfig, models: Any = None, *, metrics: Metrics | None = None):
         super().__init__(config, metrics)
         self._folder = tempfile.TemporaryDirectory(prefix="lynceus-serve-")
-        self.sources = _sources(models, config, self._folder.name) if config.workers else []
+        self.sources = sources(models, config, self._folder.name) if config.workers else []
         self._inside: Consumer | None = None
         size = min(1024.0, max(64.0, config.max_buffer_mb))
         self.broker = open_broker(config.broker, capacity_mb=size, slots=2 * config.queue + 64)
@@ -393,7 +393,7 @@ class Fleet(Engine):
                 process.wait()
 
 
-def _sources(models: Any, config: ServeConfig, folder: str) -> list[str]:
+def sources(models: Any, config: ServeConfig, folder: str) -> list[str]:
     """NAME@VERSION=SOURCE for every model, each of which any process can open to the same weights."""
     from lynceus.serve.models import is_fresh, open_model
     from lynceus.train.checkpoint import exportable, save_model

@@ -1,0 +1,67 @@
+"""engine="ray": the answers of the local engine through Ray Serve; clear advice where Ray Serve is not whole."""
+
+import sys
+
+import pytest
+
+pytest.importorskip("fastapi", reason='pip install "lynceus[serve]"')
+
+from lynceus.core.errors import AdviceError, MissingError
+from lynceus.serve import ServeConfig, mixes, serve
+from lynceus.serve.client import Client, ServeError
+
+
+def ray_serve():
+    """Why Ray Serve cannot be run here; "" when it can."""
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        return f'Ray Serve is not whole: {str(error).splitlines()[0]}; pip install "ray[serve]"'
+    return ""
+
+
+@pytest.mark.slow
+def test_ray_serve_answers_as_the_local_engine_does(tmp_path):
+    if why := ray_serve():
+        pytest.skip(why)
+    from lynceus import create_model
+    from lynceus.core.rng import borrowed
+    from lynceus.train.checkpoint import save_model
+
+    with borrowed(0, "weights"):
+        path = save_model(create_model("resnet_nano"), tmp_path / "net.safetensors")
+    bodies = [mixes.photo("small", seed=i) for i in range(4)]
+    config = ServeConfig(models=(f"net={path}",), port=0, threads=1)
+    with serve(config=config) as server, Client(server.url) as client:
+        local = [client.predict(b, scores=True) for b in bodies]
+    with serve(config=config, engine="ray", workers=2) as server, Client(server.url) as client:
+        assert server.alive
+        far = [client.predict(b, scores=True, trace=True) for b in bodies]
+        assert client.ready()
+        assert [m["name"] for m in client.models()] == ["net"]
+        assert len(client.predict_many(bodies)) == 4
+        with pytest.raises(ServeError) as said:
+            client.predict(b"no picture")
+        assert said.value.status == 415
+    for one, other in zip(local, far):
+        assert one["label"] == other["label"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
+        assert {"decode", "infer", "serialise"} <= {s["name"] for s in other["trace"]["spans"]}
+
+
+def test_missing_parts_are_advised(monkeypatch):
+    config = ServeConfig(port=0, engine="ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingError, match=r"lynceus\[cluster\]"):
+        serve("resnet_nano", config=config)
+    monkeypatch.delitem(sys.modules, "ray")
+    pytest.importorskip("ray", reason='pip install "lynceus[cluster]"')
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.delattr(sys.modules["ray"], "serve", raising=False)
+    with pytest.raises(AdviceError, match=r"ray\[serve\]"):
+        serve("resnet_nano", config=config)
+
+
+def test_an_engine_that_there_is_not():
+    with pytest.raises(AdviceError, match="Did you mean 'ray'"):
+        ServeConfig(engine="rya")
