@@ -17,7 +17,10 @@ ALONE = (
     "train",
     "reengineer",
     "trust_verify",
+    "serve",
     "policy",
+    "vlm_tokens",
+    "streaming",
 )  # minutes each
 IMAGES = (
     "crop_selection",

@@ -72,7 +72,7 @@ class VlmTokens:
     stride: int | None = None
     last: float = 0.0
     grid: str | None = None
-    criterion: Criterion | None = field(default=None, repr=False)
+    criterion: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -223,7 +223,7 @@ def decoder_of(model: nn.Module) -> Any:
     decoder: Any = holder.language_model
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         decoder = getattr(decoder, "model", decoder)
-    if _image_token(config) is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    if image_token(config) is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise AdviceError(
             f"{type(model).__name__} has no image tokens in its prompt (no image_token_id in its config), so there is "
             "nothing to prune; LlavaForConditionalGeneration and its kin have."
@@ -237,7 +237,8 @@ def decoder_of(model: nn.Module) -> Any:
     return decoder
 
 
-def _image_token(config: Any) -> int | None:
+def image_token(config: Any) -> int | None:
+    """Number of the word that stands for a piece of the image; None where the model has none."""
     found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     return None if found is None else int(found)
 
@@ -303,7 +304,7 @@ def _begin(key: object, by: VlmTokens) -> Callable[..., Any]:
                 + (
                     "say which tokens are the image's with image_tokens=."
                     if plain
-                    else f"put the image's tokens (number {_image_token(holder.config)}) into it with the model's "
+                    else f"put the image's tokens (number {image_token(holder.config)}) into it with the model's "
                     "processor and give pixel_values, or read plain text with unpruned(model)."
                 )
             )
@@ -332,7 +333,7 @@ def _begin(key: object, by: VlmTokens) -> Callable[..., Any]:
 
 def _image_tokens(holder: Any, kwargs: dict[str, Any], first: Any) -> Tensor:
     """(b, n) bool: the placeholders of the image, found as the model itself finds them."""
-    number = _image_token(holder.config)
+    number = image_token(holder.config)
     ids = kwargs.get("input_ids", first)
     if ids is not None:
         return ids == number

@@ -80,6 +80,21 @@ def open_vlm(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
+def open_processor(folder: str | Path) -> Any:
+    """The processor (tokenizer and image preprocessing) that lies in a local folder of transformers."""
+    _check_folder(Path(folder))
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MissingError(
+            f"{Path(folder).resolve()} holds no processor ({reason}); leave --prompt out, or save it there: "
+            "processor.save_pretrained(FOLDER)."
+        ) from None
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise MissingError(
