@@ -12,6 +12,7 @@ fine-tuning and pruning is measured by `python -m bench.adapters`.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -85,18 +86,21 @@ class Specialise(Supervised):
 
     def __init__(self, model: nn.Module, views: SupervisedConfig | None = None):
         nn.Module.__init__(self)
-        self.model: Any = model
-        self.task = self.model.task
+        known: Any = model
+        self.model, self.task = known, known.task
         self.config = views or SupervisedConfig()
-        self.loss = self.task.loss
+        self.loss = known.task.loss
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Adapters and weights with decay (towards the base), biases, norms and tokens without."""
         known = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        plain = getattr(self.model.backbone, "no_weight_decay", set)()
+        plain: set[str] = getattr(self.model.backbone, "no_weight_decay", set)()
         free = [p for n, p in known if p.ndim <= 1 or n.removeprefix("backbone.") in plain]
         apart = {id(p) for p in free}
-        groups = [{"params": [p for _, p in known if id(p) not in apart]}, {"params": free, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for _, p in known if id(p) not in apart]},
+            {"params": free, "weight_decay": 0.0},
+        ]
         return [g for g in groups if g["params"]]
 
     def describe(self) -> dict[str, Any]:
@@ -227,19 +231,20 @@ def _down_to(
 ) -> Any:
     """Prunes step by step to so many channels; trains between the steps."""
     few = _example(model, data, 2)
-    channels, step = dependencies(model, few).channels, 0
-    while channels > goal * 1.005 + 1:
-        ratio = min(config.step, 1 - goal / channels)
+    channels = dependencies(model, few).channels
+    if channels <= goal + 1:
+        return model
+    # as many equal steps as none is larger than asked for
+    count = math.ceil(math.log(goal / channels) / math.log(1 - config.step) - 1e-6)
+    share = (goal / channels) ** (1 / count)
+    for step in range(1, count + 1):
+        ratio = max(0.0, 1 - channels * share**step / dependencies(model, few).channels)
         loss, images = _question(model, data, config)
-        smaller = prune(
+        model = prune(
             model, ratio, importance=config.importance, example=images, loss=loss, scope=config.scope,
             least=config.least,
         )  # fmt: skip
-        left, step = dependencies(smaller, few).channels, step + 1
-        if left == channels:  # `least` and whole heads let no more go
-            break
-        model, channels = smaller, left
-        if channels > goal * 1.005 + 1 and config.between:
+        if step < count and config.between:
             _train(model, data, views, fitting, config.between, at + step, schedule="constant")
     return model
 

@@ -126,10 +126,10 @@ class DependencyGraph:
         for u, held in members.items():
             groups.setdefault(tuple(sorted(held.items())), []).append(u)
         made = []
-        for held, units in groups.items():
-            names = tuple(self.roots[number].name.removesuffix("weight").rstrip(".") for number, _ in held)
-            ordered = np.array(sorted(units, key=lambda u: first[u]))
-            made.append(Bundle(units=ordered, layers=names, channels=sum(n for _, n in held)))
+        for key, together in groups.items():
+            names = tuple(self.roots[number].name.removesuffix("weight").rstrip(".") for number, _ in key)
+            ordered = np.array(sorted(together, key=lambda u: first[u]))
+            made.append(Bundle(units=ordered, layers=names, channels=sum(n for _, n in key)))
         return made
 
     @property
@@ -192,11 +192,11 @@ def dependencies(model: nn.Module, example: Example, *, trial: bool = True) -> D
 
 
 # following the channels ---------------------------------------------------------------------------
-class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tracer(TorchDispatchMode):
     """Gives every tensor that arises the labels of its axes."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model = model
         self.inside: list[str] = [""]
         self.names = {id(t): n for n, t in reversed([*model.named_parameters(), *model.named_buffers()])}
@@ -350,7 +350,7 @@ def _try(model: nn.Module, inputs: Sequence[Tensor], graph: DependencyGraph) -> 
 # what modules say of their sizes ------------------------------------------------------------------
 def resize_(module: Any) -> None:
     """Sets the whole numbers that a torch layer holds to what its parameters are."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):

@@ -249,7 +249,8 @@ def pad(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
 
 def roll(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     labels = t.of(args[0])
-    axes = args[-1] if len(args) > 1 else kwargs.get("dims", ())
+    given: Any = args[-1] if len(args) > 1 else kwargs.get("dims", ())
+    axes: list[int] = list(given)
     for d in axes or range(len(labels)):
         t.fix(labels[d], f"is reordered by {op}")
     return tuple(None if d in [a % len(labels) for a in axes] else ids for d, ids in enumerate(labels))

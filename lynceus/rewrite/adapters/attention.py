@@ -28,8 +28,8 @@ class HeadAttention(nn.Module):
     v_proj: nn.Linear
     out_proj: nn.Linear
     in_proj_bias: Tensor | None
-    bias_k: Tensor | None
-    bias_v: Tensor | None
+    bias_k: Any
+    bias_v: Any
     # torch's encoder layers would read packed weights here and pass by the projections
     _qkv_same_embed_dim = False
     in_proj_weight = None
@@ -41,9 +41,9 @@ class HeadAttention(nn.Module):
 
     def forward(
         self,
-        query: Float[Tensor, "*b n d"],
-        key: Float[Tensor, "*b m k"],
-        value: Float[Tensor, "*b m v"],
+        query: Float[Tensor, "*n d"],
+        key: Float[Tensor, "*m k"],
+        value: Float[Tensor, "*m v"],
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,

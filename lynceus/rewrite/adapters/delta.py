@@ -200,12 +200,12 @@ def _for_task(base: Any, about: dict[str, Any]) -> nn.Module:
     """A copy of the base, with the task's classifier where it has another."""
     task = about.get("task")
     if task is None:
-        return copy.deepcopy(base)  # type: ignore[no-any-return]
+        return copy.deepcopy(base)
     from lynceus.tasks import task_class
 
     wanted = from_dict(task_class(task["name"]), task["options"], where=task["name"])
     if getattr(base, "task", None) == wanted:
-        return copy.deepcopy(base)  # type: ignore[no-any-return]
+        return copy.deepcopy(base)
     backbone = copy.deepcopy(getattr(base, "backbone", base))
     made: nn.Module = wanted.build(backbone)
     return made

@@ -124,7 +124,7 @@ def _relevances(
                 )
                 return made
 
-            made: Tensor = _Positive.apply(args[0], out.detach(), module, run, found, name)  # type: ignore[no-untyped-call]
+            made: Tensor = _Positive.apply(args[0], out.detach(), module, run, found, name)
             return made
 
         handles.append(layer.register_forward_hook(hook))
@@ -138,7 +138,7 @@ def _relevances(
                 total = out.max(1).values.sum()
             else:
                 total = loss(model)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -95,7 +95,7 @@ class Adapted(nn.Module):
     plain: type[nn.Module]
     weight: Tensor
     adapter: Any
-    bias: Tensor | None
+    bias: Any
     kept: Kept
 
     def adapted_weight(self) -> Tensor:
@@ -256,7 +256,7 @@ class _Centred(Adapted):
     padding: Any
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
     def matrix(self) -> Float[Tensor, "o i"]:
@@ -269,9 +269,14 @@ class _Centred(Adapted):
 
     def adapted_weight(self) -> Tensor:
         matrix = self.matrix()
-        pads = [side for k in reversed(self.kernel_size) for side in (k // 2, k // 2)]
-        matrix = matrix.view(*matrix.shape, *(1 for _ in self.kernel_size))
-        return self.weight + (F.pad(matrix, pads) if any(pads) else matrix)
+        if all(k == 1 for k in self.kernel_size):
+            return self.weight + matrix.view(self.weight.shape)
+        weight = self.weight.clone()
+        tap = weight
+        for k in self.kernel_size:
+            tap = tap.select(2, k // 2)
+        tap += matrix
+        return weight
 
     def under_tap(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """The places of x that the central tap meets, for an output of that size; zeros (or as `padding_mode` says)
@@ -290,9 +295,9 @@ class _Centred(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
         if not self.training:
-            return layer._conv_forward(x, self.fused_weight(), self.bias)  # type: ignore[no-any-return]
+            return layer._conv_forward(x, self.fused_weight(), self.bias)
         if x.ndim == len(self.kernel_size) + 1 or all(k == 1 for k in self.kernel_size):
-            return layer._conv_forward(x, self.adapted_weight(), self.bias)  # type: ignore[no-any-return]
+            return layer._conv_forward(x, self.adapted_weight(), self.bias)
         y: Tensor = layer._conv_forward(x, self.weight, self.bias)
         return y + self.beside(self.under_tap(x, y.shape[2:]))
 
@@ -358,7 +363,7 @@ def unfit(layer: nn.Module) -> str | None:
     if type(layer) not in CONVS:
         return f"{type(layer).__name__} is no plain convolution"
     if len(sides) != 1 or next(iter(sides)) % 2 == 0:
-        kernel = " x ".join(map(str, layer.kernel_size))  # type: ignore[union-attr, arg-type]
+        kernel = " x ".join(map(str, layer.kernel_size))  # type: ignore[arg-type]
         return f"its kernel of {kernel} has no central tap (odd and equal sides have)"
     return None
 
@@ -370,7 +375,7 @@ def splora_conv(layer: Any, *, rank: int | float = RANK, init_range: float = INI
     outside, inside = made.weight.shape[:2]
     r = resolved_rank(rank, outside)
     made.adapter = LowRank(inside, outside, r, init_range=init_range, like=made.weight)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def sppara_conv(layer: Any, *, init_range: float = INIT_RANGE) -> Adapted:
@@ -379,7 +384,7 @@ def sppara_conv(layer: Any, *, init_range: float = INIT_RANGE) -> Adapted:
     made = become(layer, SPPARA_CONVS[type(layer)], type(layer))
     made.adapter = nn.Parameter(made.weight.new_empty(made.weight.shape[:2]))
     nn.init.uniform_(made.adapter, -init_range, init_range)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _check(layer: nn.Module) -> None:

@@ -172,8 +172,9 @@ def prune(
     plan = plan_of(selection, widths=levels(made, inputs))
     settle(made, plan.widths)
     sign(made, plan)
-    with torch.no_grad():
-        made(*inputs)
+    if not plan.widths:  # it ran already otherwise
+        with torch.no_grad():
+            made(*inputs)
     return made
 
 

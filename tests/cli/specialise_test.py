@@ -1,0 +1,47 @@
+"""`lynceus train specialise` and `lynceus rewrite apply_delta`: the whole way on the command line."""
+
+import pytest
+import torch
+
+import lynceus
+from lynceus.cli.__main__ import main
+from lynceus.tasks.classify import Classify
+from lynceus.train.checkpoint import load_model, save_model
+
+SHORT = ["--method.before", "0.1", "--method.between", "0.1", "--method.finish", "0.1", "--method.step", "0.5"]
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Classify(num_classes=10).build(lynceus.create_model("resnet_nano"))
+    save_model(model, "base")
+    return model
+
+
+def test_from_a_base_to_a_delta_and_back(base, capsys):
+    args = ["train", "specialise", "digits", "--base", "base", "--limit", "100", "--out", "special", "--fit.quiet"]
+    assert main([*args, "--method.left", "0.5", *SHORT, "--adapter.rank", "2"]) == 0
+    assert "lynceus rewrite apply_delta base --delta special/left-50/delta.safetensors" in capsys.readouterr().out
+    assert (
+        main(["rewrite", "apply_delta", "base", "--delta", "special/left-50", "--size", "8", "8", "--out", "new"]) == 0
+    )
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(load_model("new")(x), load_model("special/left-50")(x))
+
+
+def test_adapt_prune_and_fuse(base, capsys):
+    for name, source, more in (
+        ("adapt", "base", ["--rank", "2"]),
+        ("prune_channels", "adapt", ["--ratio", "0.4"]),
+        ("fuse", "prune_channels", []),
+    ):
+        assert main(["rewrite", name, source, *more, "--size", "8", "8", "--out", name]) == 0
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(load_model("fuse")(x), load_model("prune_channels")(x))
+    capsys.readouterr()
+    assert main(["rewrite", "fuse", "base", "--size", "8", "8", "--out", "no"]) == 2
+    assert "has no adapters to fuse" in capsys.readouterr().err
+    assert main(["rewrite", "prune_channels", "base", "--ratio", "1.5", "--size", "8", "8", "--out", "no"]) == 2
+    assert "0.7 leaves 30%" in capsys.readouterr().err
