@@ -13,14 +13,38 @@ from torch import Tensor
 from lynceus.core.types import as_float
 from lynceus.tasks.classify import resized
 
+MANY = 1 << 20  # pixels from which bands pay
+ROWS = 64
+
 
 def prepare(image: Tensor, size: tuple[int, int] | None, policy: str, *, exact: bool) -> Tensor:
     """One picture (3, h, w), or many of one size (b, 3, h, w), at `size`; as it is where size is None."""
     if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
-    if exact or image.dtype != torch.uint8:
-        return resized(image, size, policy)
-    return resized_in_8_bits(image, size, policy)
+    if image.dtype == torch.uint8 and not exact:
+        return resized_in_8_bits(image, size, policy)
+    if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[-1] * image.shape[-2] >= MANY:
+        return resized_in_bands(image, size, policy)
+    return resized(image, size, policy)
+
+
+def resized_in_bands(image: Tensor, size: tuple[int, int], policy: str) -> Tensor:
+    """The very numbers of `resized` for one large picture in uint8, in less than half the time: its floats are made and
+    narrowed some rows at a time, so that they stay in cache."""
+    h, w = int(image.shape[-2]), int(image.shape[-1])
+    middle = size
+    if policy == "crop" and h * size[1] != w * size[0]:
+        scale = max(size[0] / h, size[1] / w)
+        middle = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
+    narrow = image.new_empty((1, image.shape[0], h, middle[1]), dtype=torch.float32)
+    for row in range(0, h, ROWS):
+        band = as_float(image[None, :, row : row + ROWS]).contiguous()
+        narrow[:, :, row : row + ROWS] = F.interpolate(
+            band, (band.shape[-2], middle[1]), mode="bilinear", antialias=True, align_corners=False
+        )
+    flat = F.interpolate(narrow, middle, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (middle[0] - size[0]) // 2, (middle[1] - size[1]) // 2
+    return flat[0, :, top : top + size[0], left : left + size[1]]
 
 
 def resized_in_8_bits(image: Tensor, size: tuple[int, int], policy: str) -> Tensor:
