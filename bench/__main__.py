@@ -23,6 +23,7 @@ ALONE = (
     "streaming",
 )  # minutes each
 IMAGES = (
+    "adapters",
     "crop_selection",
     "gauntlet",
     "off_the_shelf",
