@@ -66,7 +66,7 @@ def test_packed_equals_masked(out, inn, block, share, lead, seed, bias):
 @pytest.mark.parametrize("share", [0.5, 0.3])
 @pytest.mark.parametrize("block", [(64, 64), (32, 64), (64, 32), (32, 32)], ids=str)
 def test_wide_layers_run_in_steps_and_are_exact(block, share):
-    for out, inn in ((768, 192), (192, 768)):
+    for out, inn in ((768, 192), (192, 768), (2304, 96)):
         dense, sparse = sparse_pair(out, inn, block, share)
         x = torch.randn(2, 700, inn)
         with torch.no_grad():

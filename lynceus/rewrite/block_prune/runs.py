@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 
 CALL = 5.0  # microseconds that one step costs beside its arithmetic
 SPEED = 5e4  # multiply-adds per microsecond and thread of a good dense product
-SHORT = 0.85  # share of that speed which the short products of the steps reach
+SHORT = 0.8  # share of that speed which the short products of the steps reach
+WIDE, PANEL = 2048, 512  # outputs: above the first, so many at a time
 ROWS = 1024  # tokens that are taken at a time
 Step = tuple[int, int, int, int]  # c0, k, r0, m
 
@@ -78,13 +79,27 @@ def runs(row: Sequence[bool] | np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2])]
 
 
+def panels(edges: np.ndarray) -> list[tuple[int, int]]:
+    """The output blocks between which each input block goes its way: all, or, where the outputs are too many for the
+    cache, some at a time. edges: where each block begins, and the end."""
+    if edges[-1] <= WIDE:
+        return [(0, len(edges) - 1)]
+    cuts = np.unique(np.searchsorted(edges, np.arange(0, edges[-1], PANEL)))
+    return list(zip(cuts.tolist(), [*cuts[1:].tolist(), len(edges) - 1]))
+
+
 def steps_of(kept: Bool[np.ndarray, "r c"], rows: np.ndarray, columns: np.ndarray) -> list[Step]:
     """The steps of a matrix whose block rows and columns have these sizes.
 
     Input block by input block; only where merging the other way takes less than half as many steps, output block by
     output block."""
     r, c = np.concatenate([[0], rows.cumsum()]), np.concatenate([[0], columns.cumsum()])
-    tall = [(j, j + 1, a, b) for j in range(kept.shape[1]) for a, b in runs(kept[:, j])]
+    tall = [
+        (j, j + 1, first + a, first + b)
+        for first, last in panels(r)
+        for j in range(kept.shape[1])
+        for a, b in runs(kept[first:last, j])
+    ]
     wide = [(a, b, i, i + 1) for i in range(kept.shape[0]) for a, b in runs(kept[i])]
     chosen = wide if 2 * len(wide) < len(tall) else tall
     return [(int(c[a]), int(c[b] - c[a]), int(r[i]), int(r[j] - r[i])) for a, b, i, j in chosen]
@@ -127,9 +142,12 @@ class Program:
             y.zero_()
         else:
             y.copy_(self.bias)
+        last, some = (-1, -1), x
         for (c0, k, r0, m), weight in zip(self.steps, self.packs):
+            if last != (c0, k):
+                last, some = (c0, k), x.narrow(1, c0, k)
             part = y.narrow(1, r0, m)
-            torch.addmm(part, x.narrow(1, c0, k), weight, out=part)
+            torch.addmm(part, some, weight, out=part)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (n, in). Gives (n, out)."""
