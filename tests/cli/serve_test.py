@@ -1,0 +1,35 @@
+"""`lynceus serve` says what is wrong before anything starts; that it serves is tested in tests/serve."""
+
+import pytest
+
+from lynceus.cli.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "Name a model to serve"),
+        (["resnet_nanno"], "resnet_nano"),
+        (["runs/nothing/here"], "no model at"),
+        (["resnet_nano", "--pipeline", "chain.yaml"], "second server"),
+        (["--pipeline", "nothing.yaml"], "nothing.yaml"),
+        (["resnet_nano", "--max-batch", "0"], "max_batch is at least 1"),
+        (["resnet_nano", "--broker", "kafka"], "broker"),
+        (["resnet_nano", "--workers", "1", "--broker", "redis://127.0.0.1:1/0"], "redis-server --appendonly yes"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_answered(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chain.yaml").write_text("steps: [{model: a}, {model: b}]\n")
+    assert main(["serve", *argv]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_misspelt_options_name_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "resnet_nano", "--max-bach", "2"])
+    assert end.value.code == 2
+    assert "--max-batch" in capsys.readouterr().err
