@@ -17,6 +17,7 @@ ALONE = (
     "train",
     "reengineer",
     "trust_verify",
+    "block_prune",
     "serve",
     "policy",
     "vlm_tokens",

@@ -141,10 +141,12 @@ def quality(
             for name, options in tries.items():
                 made = BlockPrune(block=block, flops=flops, **options)(dense, calibration)
                 note(found, f"{flops:.0%}: {name}", accuracy(made, test, label))
-                if pictures and flops == 0.5 and name == "taylor, curves":
-                    tuned = finetuned(made, dense, x, y, seed, pictures, epochs)
-                    note(found, f"{flops:.0%}: {name}, finetuned", accuracy(tuned, test, label))
                 print(f"seed {seed}", {k: round(v[-1], 1) for k, v in found.items()}, flush=True)
+        if pictures:
+            made = BlockPrune(block=block, flops=0.5)(dense, calibration)
+            tuned = finetuned(made, dense, x, y, seed, pictures, epochs)
+            note(found, f"50%: taylor, curves, after {epochs} x {pictures} pictures", accuracy(tuned, test, label))
+            print(f"seed {seed}", {k: round(v[-1], 1) for k, v in found.items()}, flush=True)
     for name, values in found.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         show(rows, {"what": name, "accuracy": statistics.mean(values), "spread": spread,
