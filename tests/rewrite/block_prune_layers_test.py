@@ -1,6 +1,9 @@
 """Block-sparse layers: packed equals masked, whatever the shapes, blocks, order and path."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -205,3 +208,24 @@ def test_the_kernel_equals_masked_dense_on_a_gpu(block, dtype):
         assert kernel.usable(x, sparse.blocks, sparse.bias)
         want = dense.double()(x.double())
         assert (sparse(x).double() - want).abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+INTERPRETED = """
+import torch
+from lynceus.rewrite.block_prune import BlockSparseLinear, kernel
+for out, inn, block, bias in ((100, 70, (16, 32), True), (64, 64, (32, 16), False)):
+    torch.manual_seed(0)
+    dense, kept = torch.nn.Linear(inn, out, bias=bias), torch.rand(-(-out // block[0]), -(-inn // block[1])) < 0.5
+    sparse, x = BlockSparseLinear.of(dense, block, kept), torch.randn(2, 33, inn)
+    with torch.no_grad():
+        want = torch.nn.functional.linear(x, sparse.weight, sparse.bias)
+        assert (kernel.multiply(x, sparse) - want).abs().max() < 1e-5
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_is_right_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
