@@ -5,6 +5,7 @@ scikit-learn's digits of 8x8, on a grid of 28x28 that is closed at its edges, on
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -92,26 +93,29 @@ def trained(seconds: float, seed: int = 0, width: int = 24) -> nn.Sequential:
 
 
 def trial(seed: int = 0, seconds: float = 180.0, frames: int = 3000, hold: int = 40) -> dict[str, Any]:
-    """Accuracy on a long stream, of the sliding window and of the frame-wise run, and frames per second of both."""
+    """Accuracy on a long stream, of the sliding window and of the frame-wise run, and frames per second of both
+    (medians, in turns)."""
     net = trained(seconds, seed)
     x, way = long_stream(frames, hold, generator(seed, "stream"), digits8()[2][:, 0])
     stream = convert(net)
     state = stream.start(x[:, :, 0])
     ours, window = [], []
+    spent: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
-        begin = time.perf_counter()
-        for frame in x.unbind(2):
+        for t, frame in enumerate(x.unbind(2)):  # in turns
+            begin = time.perf_counter()
             y, state = stream.step(frame, state)
+            middle = time.perf_counter()
             ours.append(y)
-        middle = time.perf_counter()
-        for t in range(FRAMES - 1, frames):
-            window.append(net(x[:, :, t - FRAMES + 1 : t + 1]))
-        end = time.perf_counter()
+            if t >= FRAMES - 1:
+                window.append(net(x[:, :, t - FRAMES + 1 : t + 1]))
+                spent[1].append(time.perf_counter() - middle)
+                spent[0].append(middle - begin)
     got = torch.stack([y for y in ours if y is not None]).flatten(1)
     want = torch.stack(window).flatten(1)
     truth = way[FRAMES - 1 :]
     accuracy = [100 * (a.argmax(1) == truth).float().mean().item() for a in (got, want)]
-    each = [(middle - begin) / frames, (end - middle) / (frames - FRAMES + 1)]
+    each = [statistics.median(t) for t in spent]
     return {
         "seed": seed,
         "seconds": seconds,

@@ -33,12 +33,35 @@ def whole_stream(net, x, dtype, tolerance):
     """Every step's output beside the clip model on the whole stream; how many there were."""
     net, x = net.to(dtype), x.to(dtype)
     stream = convert(net)
-    got = stream.steps(x, stream.start(x.select(2, 0)))[0]
+    state, outputs = stream.start(x.select(2, 0)), []
+    for frame in x.unbind(2):
+        y, state = stream.step(frame, state)
+        outputs += [] if y is None else [y]
+    got = torch.stack(outputs, 2)
     with torch.no_grad():
         want = net(x)[:, :, : got.shape[2]]
     assert got.shape[2] == (x.shape[2] - 1 - stream.delay) // stream.stride + 1
     assert (got - want).abs().max() < tolerance * max(1, want.abs().max())
     return stream, got
+
+
+def test_a_stream_can_begin_with_a_clip():
+    """Its first frames at once, the rest one by one; and padded at its end it is the clip."""
+    for name, shape in (("x3d_nano", (2, 3, 30, 32, 32)), ("st_gcn_nano", (2, 3, 50, 25, 2))):
+        net, x = settled(create(name)).double(), torch.randn(shape).double()
+        stream = convert(net)
+        first, state = stream.steps(x[:, :, :25], stream.start(x[:, :, 0]))
+        rest = []
+        for frame in x[:, :, 25:].unbind(2):
+            y, state = stream.step(frame, state)
+            rest += [] if y is None else [y]
+        got = torch.cat([*([] if first is None else [first]), torch.stack(rest, 2)], 2)
+        whole, _ = stream.steps(x, stream.start(x[:, :, 0]), pad_end=True)
+        with torch.no_grad():
+            want = net(x)
+        assert whole.shape == want.shape
+        assert torch.allclose(whole, want, atol=1e-10)
+        assert torch.allclose(got, want[:, :, : got.shape[2]], atol=1e-10)
 
 
 def x3d_xs(frames):

@@ -33,9 +33,13 @@ def frames_of(x, time=2):
     return x.unbind(time)
 
 
-def through(stream, x):
-    """All outputs of a stream of the clip `x`."""
-    return stream.steps(x, stream.start(x.select(stream.time, 0)))[0]
+def through(stream, x, grad=False):
+    """All outputs of a stream of the clip `x`, frame by frame."""
+    state, outputs = stream.start(x.select(stream.time, 0)), []
+    for frame in x.unbind(stream.time):
+        y, state = stream.step(frame, state, grad=grad)
+        outputs += [] if y is None else [y]
+    return torch.stack(outputs, min(stream.time, outputs[0].ndim)) if outputs else None
 
 
 def small():
@@ -140,6 +144,40 @@ def test_step_equals_clip(case):
         assert count >= want.shape[2] - stream.padding
         if got is not None:
             assert torch.allclose(got, want[:, :, :count], atol=tolerance * max(1, want.abs().max()), rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(networks(), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_many_steps_at_once_equal_one_by_one(case, sizes):
+    """In pieces of any size, mixed with single steps; and with the padding at the end, the whole clip."""
+    net, x = case
+    stream, x = convert(net.double()), x.double()
+    want = through(stream, x)
+    state, outputs, at = stream.start(x[:, :, 0]), [], 0
+    for size in [*sizes, 1, x.shape[2]]:
+        piece = x[:, :, at : at + size]
+        if not piece.shape[2]:
+            continue
+        if size == 1:
+            y, state = stream.step(piece[:, :, 0], state)
+            y = None if y is None else y.unsqueeze(2)
+        else:
+            before = state
+            y, state = stream.steps(piece, state)
+            end, same = stream.steps(piece, before, pad_end=True)
+            assert all(torch.equal(a, b) for a, b in zip(state.tensors, same.tensors))
+            assert y is None or torch.allclose(end[:, :, : y.shape[2]], y, atol=1e-12)
+        outputs += [] if y is None else [y]
+        at += size
+    assert state.frames == x.shape[2]
+    got = torch.cat(outputs, 2) if outputs else None
+    assert (got is None) == (want is None)
+    assert got is None or (got.shape == want.shape and torch.allclose(got, want, atol=1e-10))
+    with torch.no_grad():
+        clip = net(x)
+    whole, _ = stream.steps(x, stream.start(x[:, :, 0]), pad_end=True)
+    assert whole.shape == clip.shape
+    assert torch.allclose(whole, clip, atol=1e-10)
 
 
 def test_delays_and_reach_follow_from_the_layers():
@@ -394,7 +432,7 @@ def test_frames_of_the_wrong_kind():
 def test_gradients_flow_through_steps_when_asked_for():
     net, x = small().double(), torch.randn(1, 2, 16, 8, 8).double()
     stream = convert(net)
-    y, _ = stream.steps(x, stream.start(x[:, :, 0]), grad=True)
+    y = through(stream, x, grad=True)
     y.square().sum().backward()
     net(x)[:, :, : y.shape[2]].square().sum().backward()
     for p, q in zip(stream.parameters(), net.parameters()):

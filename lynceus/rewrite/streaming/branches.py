@@ -113,6 +113,9 @@ class Identity(Node):
     def step(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         return x, ()
 
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        return xs, ()
+
 
 class Branches(Node):
     """Nodes side by side. The earlier ones wait in queues for the latest."""
@@ -183,6 +186,38 @@ class Branches(Node):
                     after = masked(clock, rate, after, queue)  # type: ignore[arg-type]
                 new.extend(after)  # type: ignore[arg-type]
         return self.join(parts) if runs else None, tuple(new)
+
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        new: list[Tensor] = []
+        parts: list[Tensor] = []
+        at = 0
+        for node, rate, wait in zip(self.nodes, self.rates, self.waits):
+            ys, kept = node.many(xs, held[at : at + node.width], frames, end)
+            at += node.width
+            new.extend(kept)
+            queue = list(held[at : at + wait])
+            at += wait
+            # outputs that this branch gave before, less those that were dropped or joined already
+            given, joint = rate.before(frames), self.leaves.before(frames)
+            came = [] if ys is None else list(ys[self._dropped(node, rate, frames) :])
+            waiting = queue[len(queue) - (given - joint) :] if given > joint else []
+            parts.append(torch.stack([*waiting, *came]) if waiting or came else torch.empty(0))
+            queue = [*queue, *came]
+            new.extend(queue[len(queue) - wait :] if wait else [])
+        count = min(len(p) for p in parts)
+        if not count:
+            return None, tuple(new)
+        return self.join_many([p[:count] for p in parts]), tuple(new)
+
+    def _dropped(self, node: Node, rate: Rate, frames: int) -> int:
+        """How many of the outputs that come now are before the first that counts."""
+        skipped = (rate.delay - node.leaves.delay) // rate.stride
+        return max(0, skipped - node.leaves.before(frames))
+
+    def join_many(self, parts: Sequence[Tensor]) -> Tensor:
+        """Joins (t, b, c, ...) along the channels or elementwise."""
+        flat = self.join([p.flatten(0, 1) for p in parts])
+        return flat.unflatten(0, (len(parts[0]), -1))
 
     def __call__(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         return self.step(x, held, clock)

@@ -40,6 +40,14 @@ class Rate:
         """The rate when the first `count` arrivals are dropped."""
         return replace(self, delay=self.delay + self.stride * count)
 
+    def before(self, frames: int) -> int:
+        """How many arrivals a stream had in its first so many frames."""
+        return max(0, -(-(frames - self.delay) // self.stride))
+
+    def at(self, number: int) -> int:
+        """The frame of an arrival."""
+        return self.delay + self.stride * number
+
     def arrivals(self, frames: int) -> int:
         """How many there are in a clip of so many frames (padded at both ends)."""
         return max(0, (frames - self.lost - 1) // self.stride + 1)

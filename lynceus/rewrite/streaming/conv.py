@@ -62,6 +62,16 @@ class ConvNode(Frames):
         y = y if self.norm is None else self.norm.run(y)
         return y if self.act is None else self.act(y)
 
+    def run_many(self, frames: Tensor) -> Tensor:
+        m = self.module
+        stride, dilation = (self.stride, *m.stride[1:]), (self.dilation, *m.dilation[1:])
+        y = _CONV[self.dims](
+            frames.movedim(0, 2), m.weight, m.bias, stride, (0, *self.space_padding), dilation, m.groups
+        )
+        y = y if self.norm is None else self.norm.run(y)
+        y = y if self.act is None else self.act(y)
+        return y.movedim(2, 0)
+
     def _space(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of one frame, which has one dimension less than the clip's."""
         m = self.module

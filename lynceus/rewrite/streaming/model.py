@@ -206,15 +206,24 @@ class StreamingModel(nn.Module):
             y, held = self._node(frame.clone(), state.tensors, Clock(state.frames))
         return y, State(held, state.frames + 1, state.of, state.like)
 
-    def steps(self, frames: Tensor, state: State, *, grad: bool = False) -> tuple[Tensor | None, State]:
-        """Several frames, as a clip (b, c, t, ...): the outputs stacked where the clip has time (None when there are
-        none), and the state after them."""
-        outputs = []
-        for frame in frames.unbind(self.time):
-            y, state = self.step(frame, state, grad=grad)
-            if y is not None:
-                outputs.append(y)
-        return (torch.stack(outputs, min(self.time, outputs[0].ndim)) if outputs else None), state
+    def steps(
+        self, frames: Tensor, state: State, *, pad_end: bool = False, grad: bool = False
+    ) -> tuple[Tensor | None, State]:
+        """Several frames at once, as a clip (b, c, t, ...): the outputs stacked where the clip has time (None when there
+        are none), and the state after them. Layers see all frames together, as in a clip.
+
+        pad_end: outputs as if the stream ended here, with the padding that clips have there; from a fresh state they are
+        the clip model's. The state is the same either way, so the stream can go on."""
+        if not frames.shape[self.time]:
+            return None, state
+        self.check_state(frames.select(self.time, 0), state)
+        xs = frames.movedim(self.time, 0)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            ys, held = self._node.many(xs.clone(), state.tensors, state.frames, False)
+            if pad_end:
+                ys, _ = self._node.many(xs, state.tensors, state.frames, True)
+        after = State(held, state.frames + len(xs), state.of, state.like)
+        return (None if ys is None else ys.movedim(0, min(self.time, ys.ndim - 1))), after
 
     def stream(self, like: Tensor | Sequence[int]) -> Stream:
         """A holder of one stream's state; see `start` for `like`."""
@@ -306,9 +315,9 @@ class Stream:
             self._state = state
         return y
 
-    def steps(self, frames: Tensor, *, update_state: bool = True) -> Tensor | None:
-        """Several frames, as a clip."""
-        y, state = self.model.steps(frames, self._state)
+    def steps(self, frames: Tensor, *, pad_end: bool = False, update_state: bool = True) -> Tensor | None:
+        """Several frames at once, as a clip; see `StreamingModel.steps`."""
+        y, state = self.model.steps(frames, self._state, pad_end=pad_end)
         if update_state:
             self._state = state
         return y

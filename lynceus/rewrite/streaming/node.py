@@ -47,6 +47,25 @@ class Node:
     def step(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         raise NotImplementedError
 
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        """Several arrivals (t, b, ...) at once: the outputs (u, b, ...), and what is held after them.
+
+        frames: those that the stream saw before. end: the stream ends here, so zeros follow as padding in the clip does.
+        """
+        number, outs = self.enters.before(frames), []
+        arrivals = [] if xs is None else list(xs)
+        if end and self.padding and (arrivals or held):
+            arrivals += [self.blank(arrivals[0] if arrivals else held[0])] * self.padding
+        for i, x in enumerate(arrivals):
+            y, held = self.step(x, held, Clock(self.enters.at(number + i)))
+            if y is not None:
+                outs.append(y)
+        return torch.stack(outs) if outs else None, held
+
+    def blank(self, like: Tensor) -> Tensor:
+        """What padding puts behind the last arrival."""
+        return torch.zeros_like(like)
+
     def __call__(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         y, new = self.step(x, held, clock)
         if clock.masked and new:
@@ -80,6 +99,30 @@ class Frames(Node):
         """What is held of an arrival."""
         return x
 
+    def run_many(self, frames: Tensor) -> Tensor:
+        """The outputs for consecutive arrivals (n, b, ...), from their first window on."""
+        raise NotImplementedError
+
+    def blank(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, -torch.inf) if self.fill == "lowest" else torch.zeros_like(like)
+
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        number = self.enters.before(frames)
+        if xs is None or (number == 0 and self.fill == "replicate"):
+            return super().many(xs, held, frames, end)
+        t = len(xs)
+        seen = self.seen(xs.flatten(0, 1)).unflatten(0, (t, -1))
+        everything = torch.cat([torch.stack(held), seen]) if held else seen
+        kept = everything[t:].unbind() if held else ()
+        if end and self.padding:
+            blank = self.blank(seen[:1])
+            everything = torch.cat([everything, *[blank] * self.padding])
+        late = self.reach - 1 - self.padding - number  # arrivals until the first window counts
+        first = late if late >= 0 else late % self.stride
+        if len(everything) - first < self.reach:
+            return None, kept
+        return self.run_many(everything[first:]), kept
+
     def begin(self, x: Tensor) -> tuple[Held, Tensor]:
         x = self.seen(x)
         empty = torch.full_like(x, -torch.inf) if self.fill == "lowest" else torch.zeros_like(x)
@@ -111,6 +154,11 @@ class PerFrame(Node):
 
     def step(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         return self.run(x), ()
+
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        if xs is None:
+            return None, ()
+        return self.run(xs.flatten(0, 1)).unflatten(0, (len(xs), -1)), ()
 
 
 class Applied(PerFrame):
@@ -162,6 +210,15 @@ class Chain(Node):
                 return None, (*new, *held[at:])
             y = got
         return y, tuple(new)
+
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        new: list[Tensor] = []
+        at = 0
+        for node in self.nodes:
+            xs, kept = node.many(xs, held[at : at + node.width], frames, end)
+            new.extend(kept)
+            at += node.width
+        return xs, tuple(new)
 
     def __call__(self, x: Tensor, held: Held, clock: Clock) -> tuple[Tensor | None, Held]:
         return self.step(x, held, clock)  # its nodes mask their own

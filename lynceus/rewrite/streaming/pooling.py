@@ -92,6 +92,26 @@ class PoolNode(Frames):
         real = real.clamp(max=self.kernel) if isinstance(real, Tensor) else min(real, self.kernel)
         return stack.sum(0) / real
 
+    def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
+        if self.count_padding or self.largest or not self.padding or xs is None:
+            return super().many(xs, held, frames, end)
+        # the mean over what is real: that of the frames over that of ones
+        plain = PoolNode(
+            self.name, kernel=self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation
+        )
+        plain.place(self.enters)
+        t, number = len(xs), self.enters.before(frames)
+        made, kept = plain.many(self.seen(xs.flatten(0, 1)).unflatten(0, (t, -1)), held, frames, end)
+        past = tuple(xs.new_full((1,), float(number - self.width + i >= 0)) for i in range(self.width))
+        share, _ = plain.many(xs.new_ones(t, 1), past, frames, end)
+        if made is None or share is None:
+            return None, kept
+        return made / share.view(-1, *[1] * (made.ndim - 1)), kept
+
+    def run_many(self, frames: Tensor) -> Tensor:
+        windows = frames.unfold(0, self.reach, self.stride)[..., :: self.dilation]
+        return windows.amax(-1) if self.largest else windows.mean(-1)
+
     def describe(self) -> str:
         return f"{'Max' if self.largest else 'Avg'}Pool({self.kernel},{self.padding},{self.stride},{self.dilation})"
 
@@ -123,6 +143,9 @@ class RingPoolNode(Node):
         if not clock.runs(self.leaves):
             return None, (ring,)
         return ring.amax(0) if self.like.largest else ring.mean(0), (ring,)
+
+    def blank(self, like: Tensor) -> Tensor:
+        return self.like.blank(like)
 
     def describe(self) -> str:
         return self.like.describe()
