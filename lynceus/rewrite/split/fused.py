@@ -127,7 +127,7 @@ def fit_fusion(
     label: Int[Tensor, " n"],
     *,
     steps: int,
-    lr: float = 2e-3,
+    lr: float = 5e-3,
     batch: int = 128,
     dropout: float = 0.1,
     seed: int = 0,

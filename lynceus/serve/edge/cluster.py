@@ -32,7 +32,7 @@ from torch import Tensor
 from lynceus.core.errors import AdviceError, AdviceWarning, unknown
 from lynceus.core.report import Report
 from lynceus.rewrite.split.assign import Device
-from lynceus.rewrite.split.plan import Plan
+from lynceus.rewrite.split.plan import Plan, read
 from lynceus.serve.edge.wire import (
     ANSWER,
     ASK,
@@ -129,6 +129,13 @@ class Cluster:
     def __init__(self, plan: Plan, folder: str | Path, config: EdgeConfig | None = None):
         """folder: where `plan` was saved. Starts all devices and waits until they are ready."""
         self.plan, self.folder, self.config = plan, Path(folder), config or EdgeConfig()
+        self._closed = True  # until something runs
+        there = [s["device"] for s in read(self.folder)["shares"]]
+        if there != [s.device for s in plan.shares]:
+            raise AdviceError(
+                f"The plan in {self.folder} places its sub-models on {', '.join(there)}, this one on "
+                f"{', '.join(s.device for s in plan.shares)}; plan.save(FOLDER) first, or deploy(plan) without a folder."
+            )
         self._token = secrets.token_hex(16)
         self._changed = threading.Condition()
         self._asked: dict[int, _Asked] = {}
