@@ -7,17 +7,16 @@ Every worker computes with the same number of threads, since the order of a sum 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from lynceus.core.errors import AdviceError, missing_extra, unknown
+from lynceus.core.workers import begin
 
 Engine = Literal["local", "ray"]
 Job = TypeVar("Job")
@@ -71,7 +70,7 @@ def _processes(
 ) -> list[Result]:
     # spawn: a forked process inherits torch's thread pools in a broken state
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
+        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=begin, initargs=(threads,)
     )
     try:
         futures = [pool.submit(function, job) for job in jobs]
@@ -84,19 +83,6 @@ def _processes(
         return [future.result() for future in futures]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin(threads: int) -> None:
-    """What a worker does first. A worker whose parent was killed must not go on behind the back of the next run."""
-    torch.set_num_threads(threads)
-    threading.Thread(target=_follow, daemon=True).start()
-
-
-def _follow() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _ray(

@@ -238,11 +238,11 @@ _worker_job: _Job | None = None
 
 
 def _start_worker(job: _Job) -> None:
-    import torch
+    from lynceus.core.workers import begin
 
     global _worker_job
     _worker_job = job
-    torch.set_num_threads(1)
+    begin()
 
 
 def _worker(cell: Cell) -> dict[str, Any]:

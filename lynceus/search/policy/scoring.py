@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.rng import generator
+from lynceus.core.workers import begin
 from lynceus.rewrite.restructure import Restructure
 
 
@@ -155,6 +156,7 @@ _work: tuple[Any, ...] = ()  # of a worker process, which serves one search
 
 def _start(work: tuple[Any, ...]) -> None:
     global _work
+    begin()
     _work = work
 
 
