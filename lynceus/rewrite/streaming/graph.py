@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lynceus.layers.fused import fusable, hooked
+from lynceus.layers.fused import fusable
+from lynceus.rewrite.streaming.kernels import Watch
 from lynceus.rewrite.streaming.node import PerFrame
 from lynceus.rewrite.streaming.pointwise import BatchNormNode
 
@@ -62,9 +64,13 @@ class GraphNode(PerFrame):
         super().__init__(name)
         self.module = module
         self.inner = list(module.modules())
-        self.stamp: tuple[Any, ...] | None = None
-        self.sources: tuple[Tensor, ...] = ()
+        self.watch = Watch()
         self.folded: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: Any) -> GraphNode:
+        made = GraphNode(self.name, copy.deepcopy(self.module, memo))
+        made.enters, made.leaves = self.enters, self.leaves
+        return made
 
     def run(self, x: Tensor) -> Tensor:
         m = self.module
@@ -81,17 +87,15 @@ class GraphNode(PerFrame):
     def _fast(self, x: Tensor) -> Tensor | None:
         """Without gradients on a CPU: norm, biases and residual inside two products, channels last."""
         m = self.module
-        if not fusable(x) or x.dtype != torch.float32 or hooked(*self.inner):
+        if not fusable(x) or x.dtype != torch.float32:
             return None
-        watched = [t for i in self.inner for t in (*i._parameters.values(), *i._buffers.values()) if t is not None]
-        watched = [t for t in watched if t.is_floating_point()]
-        if any(t.is_inference() or t.dtype != x.dtype for t in watched):
+        if not self.watch.holds():
+            self.watch, self.folded = Watch(self.inner, self.inner), None
+            if self.watch.of(x.dtype):
+                with torch.inference_mode(False), torch.no_grad():
+                    self.folded = self._fold()
+        if self.folded is None or self.watch.hooked():
             return None
-        stamp = tuple((t.data_ptr(), t._version) for t in watched)
-        if stamp != self.stamp or self.folded is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.folded = self._fold()
-            self.stamp, self.sources = stamp, tuple(t.detach() for t in watched)
         graph, weight, bias = self.folded
         rows = x.transpose(1, 2)  # b, v, c
         # graph is (v k, v): its product is already (b, v, k c)

@@ -7,6 +7,7 @@ add up in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,16 +22,52 @@ if TYPE_CHECKING:
 EPILOGUES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish"}
 
 
+class Watch:
+    """Whether the tensors of some modules are still the same and unwritten, and whether anybody listens to them.
+
+    Writes through `tensor.data` in place escape it."""
+
+    def __init__(self, modules: Sequence[nn.Module] = (), listened: Sequence[nn.Module] = ()):
+        owners = [d for m in modules for d in (m._parameters, m._buffers)]
+        self.kept = [
+            (d, k, t, t.data_ptr(), t._version)
+            for d in owners
+            for k, t in d.items()
+            if t is not None and t.is_floating_point() and not t.is_inference()
+        ]
+        self.whole = all(
+            t is None or not t.is_floating_point() or not t.is_inference() for d in owners for t in d.values()
+        )
+        self.listened = tuple(listened)
+
+    def holds(self) -> bool:
+        if not self.kept:
+            return False
+        for owner, name, tensor, place, version in self.kept:
+            if owner.get(name) is not tensor or tensor.data_ptr() != place or tensor._version != version:
+                return False
+        return True
+
+    def of(self, dtype: torch.dtype) -> bool:
+        """Whether all can be watched and have the dtype."""
+        return self.whole and all(t.dtype == dtype for _, _, t, _, _ in self.kept)
+
+    def hooked(self) -> bool:
+        return hooked(*self.listened)
+
+
 class Kernels:
     """The folded weights of one convolution: made at the first step, and anew when a tensor they come from changed."""
 
     def __init__(self, node: ConvNode):
         self.node = node
-        self.stamp: tuple[Any, ...] | None = None
-        self.sources: tuple[Tensor, ...] = ()
-        self.way: str = ""
+        self.shape: tuple[int, ...] = ()
+        self.watch = Watch()
+        self.way: Any = None
         self.weights: list[Tensor] = []
         self.bias: Tensor | None = None
+        self.where: tuple[list[int], list[int], list[int], int] = ([], [], [], 1)
+        self.after = "none"
 
     def __deepcopy__(self, memo: Any) -> Kernels:
         return Kernels(memo.get(id(self.node), self.node))
@@ -43,26 +80,17 @@ class Kernels:
         x = frames[-1]
         if not fusable(x) or x.dtype != torch.float32:
             return None
-        node = self.node
-        m, norm = node.module, node.norm
-        watched = [t for t in (m.weight, m.bias) if t is not None]
-        modules: list[nn.Module] = [m]
-        if norm is not None:
-            b = norm.module
-            watched += [t for t in (b.weight, b.bias, b.running_mean, b.running_var) if t is not None]
-            modules.append(b)
-        if node.act is not None:
-            modules.append(node.act)
-        if hooked(*modules) or any(t.is_inference() or t.dtype != x.dtype for t in watched):
+        if x.shape != self.shape or not self.watch.holds():
+            node = self.node
+            modules = [node.module, *([] if node.norm is None else [node.norm.module])]
+            self.watch = Watch(modules, [*modules, *([] if node.act is None else [node.act])])
+            self.shape, self.way = tuple(x.shape), None
+            if self.watch.of(x.dtype):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._fold(x)
+        if self.way is None or self.watch.hooked():
             return None
-        stamp = (*x.shape, *[(t.data_ptr(), t._version) for t in watched])
-        if stamp != self.stamp:
-            with torch.inference_mode(False), torch.no_grad():
-                self._fold(x)
-            self.stamp, self.sources = stamp, tuple(t.detach() for t in watched)
-        if not self.way:
-            return None
-        y: Tensor = getattr(self, f"_{self.way}")(frames)
+        y: Tensor = self.way(frames)
         return y
 
     # folding --------------------------------------------------------------------------------------
@@ -83,32 +111,29 @@ class Kernels:
         pointwise = all(k == 1 for k in m.kernel_size[1:]) and all(s == 1 for s in m.stride[1:])
         pointwise = pointwise and not any(node.space_padding)
         depthwise = m.groups == m.in_channels == m.out_channels > 1
-        self.weights, self.way = [], ""
+        self.where = (list(node.space_padding), list(m.stride[1:]), list(m.dilation[1:]), m.groups)
+        self.after = EPILOGUES.get(type(node.act), "none")
         if pointwise and m.groups == 1:
             # o, c, k -> k c, o
             self.weights = [weight.flatten(2).permute(2, 1, 0).reshape(-1, m.out_channels).contiguous()]
-            self.way = "product"
+            self.way = self._product
         elif pointwise and depthwise and node.dims > 1:
             self.weights = [w.contiguous() for w in weight.flatten(1).unbind(1)]
-            self.way = "scaled"
+            self.way = self._scaled
         elif node.dims == 3 and AVAILABLE and (depthwise or node.kernel == 1):
             self.weights = [self._packed(w, x) for w in weight.unbind(2)]
-            self.way = "slices"
+            self.way = self._slices
         elif node.dims == 3 and AVAILABLE and m.groups == 1:
             # o, c, k, h, w -> o, k c, h, w
             joined = weight.transpose(1, 2).flatten(1, 2)
             self.weights = [self._packed(joined, x, node.kernel)]
-            self.way = "joined"
+            self.way = self._joined
 
     def _packed(self, weight: Tensor, x: Tensor, times: int = 1) -> Tensor:
         b, c, *space = x.shape
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        made: Tensor = reorder(weight.contiguous().to_mkldnn(), *self._where(), [b, times * c, *space])
+        made: Tensor = reorder(weight.contiguous().to_mkldnn(), *self.where, [b, times * c, *space])
         return made
-
-    def _where(self) -> tuple[list[int], list[int], list[int], int]:
-        m = self.node.module
-        return list(self.node.space_padding), list(m.stride[1:]), list(m.dilation[1:]), m.groups
 
     # running --------------------------------------------------------------------------------------
     def _product(self, frames: Held) -> Tensor:
@@ -133,8 +158,8 @@ class Kernels:
 
     def _slices(self, frames: Held) -> Tensor:
         """One convolution in space per frame, each added to the last inside its kernel."""
-        ops, where = torch.ops.mkldnn, self._where()
-        after = EPILOGUES.get(type(self.node.act), "none")
+        ops, where = torch.ops.mkldnn, self.where
+        after = self.after
         rows = [f.contiguous(memory_format=torch.channels_last) for f in frames]
         if len(rows) == 1:
             y = ops._convolution_pointwise(rows[0], self.weights[0], self.bias, *where, after, [], "")
@@ -149,9 +174,9 @@ class Kernels:
         """Frames as channels of one convolution in space."""
         rows = torch.cat([f.contiguous(memory_format=torch.channels_last) for f in frames], 1)
         rows = rows.contiguous(memory_format=torch.channels_last)
-        after = EPILOGUES.get(type(self.node.act), "none")
+        after = self.after
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            rows, self.weights[0], self.bias, *self._where(), after, [], ""
+            rows, self.weights[0], self.bias, *self.where, after, [], ""
         )
         return y if after != "none" else self._activated(y, own=True)
 

@@ -209,11 +209,11 @@ class StreamingModel(nn.Module):
     def steps(
         self, frames: Tensor, state: State, *, pad_end: bool = False, grad: bool = False
     ) -> tuple[Tensor | None, State]:
-        """Several frames at once, as a clip (b, c, t, ...): the outputs stacked where the clip has time (None when there
-        are none), and the state after them. Layers see all frames together, as in a clip.
+        """Several frames at once, as a clip (b, c, t, ...): the outputs stacked where the clip has time (None when
+        there are none), and the state after them. Layers see all frames together, as in a clip.
 
-        pad_end: outputs as if the stream ended here, with the padding that clips have there; from a fresh state they are
-        the clip model's. The state is the same either way, so the stream can go on."""
+        pad_end: outputs as if the stream ended here, with the padding that clips have there; from a fresh state they
+        are the clip model's. The state is the same either way, so the stream can go on."""
         if not frames.shape[self.time]:
             return None, state
         self.check_state(frames.select(self.time, 0), state)

@@ -50,7 +50,7 @@ class Node:
     def many(self, xs: Tensor | None, held: Held, frames: int, end: bool) -> tuple[Tensor | None, Held]:
         """Several arrivals (t, b, ...) at once: the outputs (u, b, ...), and what is held after them.
 
-        frames: those that the stream saw before. end: the stream ends here, so zeros follow as padding in the clip does.
+        frames: those that the stream saw before. end: the stream ends here, so padding follows, as in a clip.
         """
         number, outs = self.enters.before(frames), []
         arrivals = [] if xs is None else list(xs)
