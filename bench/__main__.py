@@ -8,6 +8,7 @@ ALONE = (
     "backbones",
     "scan",
     "deploy",
+    "split",
     "swin",
     "swin_v2",
     "cvt",

@@ -1,4 +1,4 @@
-"""ED-ViT: a ViT split by classes over devices: accuracy beside baselines, pruning measures, real latency, a dead device.
+"""ED-ViT: a ViT split by classes over devices: accuracy beside baselines, pruning measures, latency, a dead device.
 
 python -m bench.split accuracy --seeds 0 1 2               # digits: dense, N = 2, 5, 10, baselines; 10 min per seed
 python -m bench.split accuracy --data cifar10 --seeds 0    # the ViT of bench._rewrites on $LYNCEUS_TEST_DATA
@@ -185,7 +185,7 @@ def run_pruning(args: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in args.seeds:
         model, (x, y, test, known) = problem(args, seed)
         part, head = opened(model)
-        log_p = outputs(lambda i: head(part(i)).double().log_softmax(-1), x)
+        log_p = outputs(lambda i: head(part(i)).double().log_softmax(-1), x)  # noqa: B023
         for group in groups(10, 5, seed=seed):
             mine = torch.isin(y, torch.tensor(group)).nonzero()[:, 0][: args.calibration]
             theirs = torch.isin(known, torch.tensor(group))

@@ -95,7 +95,7 @@ def test_measured_speeds_make_a_latency_model(cluster, plan):
 def test_wrong_images_are_told_before_they_are_sent(cluster):
     with pytest.raises(AdviceError, match=r"takes images \(1 to 256, 3, 8, 8\), not \(2, 3, 9, 9\)"):
         cluster.ask(torch.zeros(2, 3, 9, 9))
-    with pytest.raises(AdviceError, match="no device in this cluster 'pi7'. Did you mean 'pi"):
+    with pytest.raises(AdviceError, match=r"no device in this cluster 'pi7'\. Did you mean 'pi"):
         cluster.ask(pictures(), only=["pi7", "pi"])
 
 

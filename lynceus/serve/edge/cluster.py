@@ -134,7 +134,7 @@ class Cluster:
         if there != [s.device for s in plan.shares]:
             raise AdviceError(
                 f"The plan in {self.folder} places its sub-models on {', '.join(there)}, this one on "
-                f"{', '.join(s.device for s in plan.shares)}; plan.save(FOLDER) first, or deploy(plan) without a folder."
+                f"{', '.join(s.device for s in plan.shares)}; plan.save(FOLDER) first, or deploy(plan) alone."
             )
         self._token = secrets.token_hex(16)
         self._changed = threading.Condition()
