@@ -226,7 +226,7 @@ class SceneVLM(nn.Module):
 LEVELS = ((3, 1), (3, 2), (4, 3), (4, 5), (5, 6), (6, 8), (7, 10), (8, 12), (10, 12), (12, 12))
 
 
-def scene_vlm(*, seed: int = 0, steps: int = 2000, lr: float = 2e-3, log: bool = False) -> SceneVLM:
+def scene_vlm(*, seed: int = 0, steps: int = 1400, lr: float = 2e-3, log: bool = False) -> SceneVLM:
     """`SceneVLM` trained on fresh scenes, kept in a folder of the temporary files; a change of the model, the scenes or
     the options trains it anew. It first sees windows of 3 x 3 patches, and larger ones when four fifths of its answers
     are right; many questions are asked of each scene. Without, attention by colour and shape has a long plateau."""
@@ -242,7 +242,7 @@ def scene_vlm(*, seed: int = 0, steps: int = 2000, lr: float = 2e-3, log: bool =
     optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start, level, known = time.perf_counter(), 0, 0.0
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 1.02 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, 1.02 - step / 2000)
         side, most = LEVELS[level]
         questions = min(8, most)
         batch = max(8, min(64, 1400 // (side * side + 1 + 4 * questions)))  # as many tokens in every step
