@@ -11,6 +11,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,9 +131,19 @@ def test_a_dead_device_is_reported_the_rest_answers_and_it_rejoins(cluster, plan
     assert next(r["process"] for r in cluster.status().rows if r["device"] == "pi1") != before
 
 
+def stop(process):
+    """Halts a process, and waits until it stands."""
+    os.kill(process, signal.SIGSTOP)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if (stat := Path(f"/proc/{process}/stat")).is_file() and stat.read_text().rpartition(")")[2].split()[0] == "T":
+            return
+        time.sleep(0.02)
+
+
 def test_a_device_that_hangs_misses_the_deadline_only(cluster, plan):
     x, process = pictures(2), next(r["process"] for r in cluster.status().rows if r["device"] == "pi2")
-    os.kill(process, signal.SIGSTOP)
+    stop(process)
     try:
         answer = cluster.ask(x, deadline=1.0)
     finally:
@@ -148,7 +159,7 @@ def test_silence_is_a_loss(cluster):
     """The heartbeat's rule on a device that was last seen too long ago."""
     node = cluster._nodes["pi0"]
     process = node.process.pid
-    os.kill(process, signal.SIGSTOP)
+    stop(process)
     try:
         node.seen = time.monotonic() - 1000
         until = time.monotonic() + 30

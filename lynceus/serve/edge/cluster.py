@@ -447,9 +447,9 @@ class Cluster:
 
     def _lose(self, node: _Node, reason: str, sock: socket.socket | None = None) -> None:
         """Marks a device as lost; whoever waits for it waits no longer."""
-        if sock is not None and node.sock is not sock:
-            return  # an older connection
         with self._changed:
+            if sock is not None and node.sock is not sock:
+                return  # an older connection, or one that is lost already
             was, node.state, node.reason = node.state, "lost", reason
             if node.sock is not None:
                 with suppress(OSError):
