@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -37,6 +39,13 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.serve.server import serve
 
     config = merged(options, "config")
+    if config.api_key is None and os.environ.get("LYNCEUS_API_KEY"):  # which no list of processes shows
+        config = dataclasses.replace(config, api_key=os.environ["LYNCEUS_API_KEY"])
+    if config.host not in ("127.0.0.1", "::1", "localhost") and config.api_key is None:
+        print(
+            f"lynceus serve: {config.host} is open to all who reach it; set LYNCEUS_API_KEY to ask for a key.",
+            file=sys.stderr,
+        )
     chain = None if options.pipeline is None else read_chain(options.pipeline)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

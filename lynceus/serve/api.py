@@ -87,7 +87,8 @@ class Door:
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._key is not None and path not in OPEN and not self._allowed(headers):
-            await self._send(send, 401, {"error": "This server asks for its key, in x-api-key.", "kind": "no_key"})
+            refusal = {"error": "This server asks for its key, in x-api-key.", "kind": "no_key"}
+            await self._send(send, 401, _dumped(refusal))
             return
         found = _PREDICT.fullmatch(path) if scope["method"] == "POST" else None
         if found is not None:
@@ -116,23 +117,25 @@ class Door:
         trace = Trace(id=given if _ID.fullmatch(given) else new_id(), begun=scope.get(BEGUN) or time.monotonic_ns())
         reserved = [0]
         more: list[tuple[bytes, bytes]] = []
+        value: dict[str, Any] = {}
+        body: bytes | None = None
         try:
             query = (
                 parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=16) if scope["query_string"] else {}
             )
-            body = await self._body(headers, receive, reserved)
+            sent = await self._body(headers, receive, reserved)
             kind = headers.get(b"content-type", b"").decode("latin-1")
-            if len(body) > LONG and kind.lstrip().lower().startswith(("application/json", "multipart/")):
-                given_images, many = await asyncio.to_thread(pictures, kind, body, max_images=self.config.max_images)
+            if len(sent) > LONG and kind.lstrip().lower().startswith(("application/json", "multipart/")):
+                given_images, many = await asyncio.to_thread(pictures, kind, sent, max_images=self.config.max_images)
             else:
-                given_images, many = pictures(kind, body, max_images=self.config.max_images)
-            del body
+                given_images, many = pictures(kind, sent, max_images=self.config.max_images)
+            del sent
             version = query.get("version", [None])[0]
             outcomes = await self._ask(scope, given_images, name, version, trace, receive, query)
             ask = _Ask.of(query, headers)
             if many:
                 results = [self._one(outcome, ask) for outcome in outcomes]
-                value: dict[str, Any] = {"id": trace.id, "results": results}
+                value = {"id": trace.id, "results": results}
                 status = 200
                 first = next((o for o in outcomes if isinstance(o, Answer)), None)
                 trace = first.trace if first else trace
@@ -146,9 +149,16 @@ class Door:
             if ask.trace:
                 trace.mark("serialise")
                 value["trace"] = trace.to_dict()
+            body = _dumped(value)
         except Cancelled:
             self.metrics.status(499)
             return
+        except _NotFinite:
+            self.metrics.refuse("model_failed")
+            status, value = (
+                500,
+                {"id": trace.id, "error": "The model gave numbers that are not finite.", "kind": "model_failed"},
+            )
         except Refused as error:
             status, value = error.status, {"id": trace.id, "error": error.text, "kind": error.kind}
             if isinstance(error, Overloaded):
@@ -163,7 +173,7 @@ class Door:
             value = {"id": trace.id, "error": f"Answering failed: {type(error).__name__}.", "kind": "defect"}
         finally:
             self.buffered -= reserved[0]
-        await self._send(send, status, value, more, trace=trace)
+        await self._send(send, status, body or _dumped(value), more, trace=trace)
         begun = trace.ended
         trace.mark("serialise")
         self.metrics.span("serialise", (trace.ended - begun) / 1e9)
@@ -268,8 +278,7 @@ class Door:
             return {"error": outcome.text, "kind": outcome.kind, "status": outcome.status}
         return shown(outcome.result, scores=ask.scores)
 
-    async def _send(self, send: Any, status: int, value: Any, more: Any = (), *, trace: Trace | None = None) -> None:
-        body = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    async def _send(self, send: Any, status: int, body: bytes, more: Any = (), *, trace: Trace | None = None) -> None:
         headers = [_JSON, (b"content-length", b"%d" % len(body)), *more]
         if trace is not None:
             headers.append((b"x-request-id", trace.id.encode("latin-1")))
@@ -295,6 +304,17 @@ class Door:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             out["lynceus_process_resident_bytes"] = float(pages * os.sysconf("SC_PAGE_SIZE"))
         return out
+
+
+class _NotFinite(Exception):
+    """An answer holds numbers that JSON has no text for."""
+
+
+def _dumped(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError:
+        raise _NotFinite from None
 
 
 class _Closing(Exception):

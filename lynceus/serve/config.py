@@ -26,7 +26,8 @@ class ServeConfig:
     workers: int = 0  # processes that run the models; 0: threads of the server itself
     preprocess_workers: int = 0  # threads that decode, per process; 0: as many as there are cores, for each worker one
     postprocess_workers: int = 1  # threads that make answers of outputs, per process
-    threads: int = 0  # torch threads of the model, per process; 0: torch's own, in workers one
+    model_threads: int = 1  # threads that run the model on batches of their own, per process; for CPUs
+    threads: int = 0  # torch threads of each of these; 0: torch's own, or one where there are workers or several
     device: str | None = None  # cpu, cuda; default: what there is
     way: str = "eager"  # a way of `lynceus rewrite deploy` to run the model in
     placement: Literal["client", "image", "batch", "device"] = "image"  # where pictures are brought to the model's size
@@ -49,7 +50,8 @@ class ServeConfig:
     traces: int = 512  # last traces that are kept for GET /trace/ID
 
     def __post_init__(self) -> None:
-        low = {"max_batch": 1, "queue": 1, "max_images": 1, "connections": 1, "attempts": 1, "postprocess_workers": 1}
+        low = {"max_batch": 1, "queue": 1, "max_images": 1, "connections": 1, "attempts": 1}
+        low |= {"postprocess_workers": 1, "model_threads": 1}
         for name in ("workers", "preprocess_workers", "threads", "traces", "max_wait_ms", "port", "drain_s"):
             low[name] = 0
         for name, least in low.items():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lynceus.core.errors import AdviceError
 from lynceus.serve.batcher import Batcher
 from lynceus.serve.config import ServeConfig
 from lynceus.serve.decode import decode
@@ -45,9 +46,10 @@ class Pipeline(Engine):
         self._batches: Batcher[Job] = Batcher(c.max_batch, c.max_wait_ms / 1e3, eager=c.eager)
         self._threads: list[threading.Thread] = []
         self._decoders = 0
-        self._model_threads = c.threads or torch.get_num_threads()
+        self._torch_threads = c.threads or (torch.get_num_threads() if c.model_threads == 1 else 1)
         self._resize_pool(self._wanted_decoders())
-        self._start(self._infer, "infer")
+        for _ in range(c.model_threads):
+            self._start(self._infer, "infer")
         for _ in range(c.postprocess_workers):
             self._start(self._answer, "answer")
 
@@ -98,7 +100,7 @@ class Pipeline(Engine):
         return image
 
     def _infer(self) -> None:
-        torch.set_num_threads(self._model_threads)
+        torch.set_num_threads(self._torch_threads)
         while True:
             jobs = self._batches.take()
             if jobs is None:
@@ -179,6 +181,8 @@ class Pipeline(Engine):
 
     def change(self, **hot: Any) -> ServeConfig:
         """Changes hot settings (see config.HOT), for what waits already too."""
+        if hot.get("workers") and not self.config.workers:
+            raise AdviceError("This server runs its models itself; start it with --workers 1 or more to change them.")
         with self._lock:
             self.config = replace(self.config, **hot)
             c = self.config

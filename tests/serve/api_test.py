@@ -24,7 +24,13 @@ def server(saved, toys_folder):
     import sys
 
     sys.path.insert(0, str(toys_folder))
-    models = (f"digits@1={saved}", f"digits@2={saved}", "mean=python:serve_toys:mean", "bad=python:serve_toys:delicate")
+    models = (
+        f"digits@1={saved}",
+        f"digits@2={saved}",
+        "mean=python:serve_toys:mean",
+        "bad=python:serve_toys:delicate",
+        "odd=python:serve_toys:odd",
+    )
     with serve(config=ServeConfig(models=models, port=0, max_images=8, max_body_mb=2.0)) as server:
         yield server
     sys.path.remove(str(toys_folder))
@@ -85,7 +91,7 @@ def test_a_batch_answers_each(server, answer):
 def test_models_and_versions_behind_one_door(server):
     listed = requests.get(server.url + "/models").json()["models"]
     assert [(m["name"], m["version"]) for m in listed] == [
-        ("digits", "1"), ("digits", "2"), ("mean", "1"), ("bad", "1")
+        ("digits", "1"), ("digits", "2"), ("mean", "1"), ("bad", "1"), ("odd", "1")
     ]  # fmt: skip
     assert requests.get(server.url + "/models/digits@1").json()["size"] == [32, 32]
     assert len(post(server, "/models/mean/predict", data=PNG).json()["scores"]) == 2
@@ -130,6 +136,8 @@ def test_a_failing_model_is_500_for_that_picture_only(server):
     before = requests.get(server.url + "/stats").json()["refused"].get("model_failed", 0)
     assert [post(server, "/models/bad/predict", data=p).status_code for p in (white, black, PNG)] == [500, 500, 200]
     assert requests.get(server.url + "/stats").json()["refused"]["model_failed"] == before + 2
+    nan = post(server, "/models/odd/predict", data=PNG)
+    assert (nan.status_code, nan.json()["kind"]) == (500, "model_failed")
     assert 'lynceus_refused_total{kind="model_failed"}' in requests.get(server.url + "/metrics").text
 
 
@@ -177,7 +185,16 @@ def test_hot_settings(server):
     got = requests.patch(server.url + "/settings", json={"max_batch": 3, "max_wait_ms": 7.5})
     assert got.json()["max_batch"] == 3
     assert requests.get(server.url + "/stats").json()["settings"]["max_wait_ms"] == 7.5
-    for wrong in ({"max_bach": 3}, {"max_batch": "3"}, {"max_batch": 0}, {"host": "0.0.0.0"}, {}, [], {"workers": 999}):
+    for wrong in (
+        {"max_bach": 3},
+        {"max_batch": "3"},
+        {"max_batch": 0},
+        {"host": "0.0.0.0"},
+        {},
+        [],
+        {"workers": 999},
+        {"workers": 2},
+    ):
         refusal = requests.patch(server.url + "/settings", json=wrong)
         assert refusal.status_code == 400, refusal.text
     assert requests.patch(server.url + "/settings", data=b"{").status_code == 400

@@ -108,6 +108,10 @@ def delicate(image):
     out = torch.stack([image.mean((1, 2, 3)), 1 - image.mean((1, 2, 3))], 1)
     return torch.where((image.amax((1, 2, 3)) < 0.02)[:, None], torch.nan, out)
 
+def odd(image):
+    """A number that is not finite where only the one who answers sees it."""
+    return [Prediction(boxes=torch.zeros(0, 4), extra={"sharpness": float("nan")}) for _ in image]
+
 def boxes(image):
     """As many objects as the first pixel says, at places that the others say."""
     found = []
