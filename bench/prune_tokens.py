@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lynceus
 from bench._trust import KEPT, digits8
 from lynceus.backbones.vim import Vim, VimConfig
 from lynceus.core.rng import borrowed, generator
+from lynceus.rewrite.prune_tokens import PruneTokens
 
 SEEDS = (0, 1, 2)
 
@@ -76,3 +78,118 @@ def accuracy(net: nn.Module) -> float:
     _, _, x, y = digits8()
     answers = torch.cat([net((part - 0.5) / 0.4) for part in x.split(90)]).argmax(1)
     return 100 * float((answers == y).float().mean())
+
+
+CARRIES = ("hold", "decay", "decay_prev", "none")
+SCORES = ("clip", "sum", "l1", "l2", "random")
+
+
+def measure_accuracy(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A row per ratio, rule and score: percent right of the held-out digits, without fine-tuning, for every seed."""
+    nets = [vim_on_digits(seed) for seed in seeds]
+    rows: list[dict[str, Any]] = [{"keep": 1.0, "carry": "-", "score": "-", "right": [accuracy(n) for n in nets]}]
+    for keep in (0.8, 0.6):
+        tries = [(c, "clip", None) for c in CARRIES] + [("hold", s, None) for s in SCORES[1:]]
+        for carry, score, compat in [*tries, ("none", "clip", "released")]:
+            rule = PruneTokens(blocks=(1, 2), keep=keep, carry=carry, score=score, compat=compat)
+            right = [accuracy(rule(net)) for net in nets]
+            rows.append({"keep": keep, "carry": compat or carry, "score": score, "right": right})
+    return [{**r, "mean": statistics.mean(r["right"])} for r in rows]
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the rules are held to, in points of mean accuracy: each should be positive."""
+    mean = {(r["keep"], r["carry"], r["score"]): r["mean"] for r in rows}
+    found = {}
+    for keep, least in ((0.8, 5), (0.6, 15)):
+        for carry in CARRIES[:3]:
+            found[f"{carry} - gathering - {least}, keep {keep}"] = (
+                mean[keep, carry, "clip"] - mean[keep, "none", "clip"] - least
+            )
+    found["clip - random - 5, keep .8"] = mean[0.8, "hold", "clip"] - mean[0.8, "hold", "random"] - 5
+    found["clip - sum + 1, keep .8"] = mean[0.8, "hold", "clip"] - mean[0.8, "hold", "sum"] + 1
+    return found
+
+
+def measure_tuning(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Two epochs with the cuts in place, AdamW at 1e-3 on one cycle; goal: within 1.5 points of the dense net."""
+    x, y, _, _ = digits8()
+    rows = []
+    for seed in seeds:
+        dense = vim_on_digits(seed)
+        for keep in (0.8, 0.6):
+            pruned = PruneTokens(blocks=(1, 2), keep=keep)(dense)
+            before = accuracy(pruned)
+            train(pruned.train(), (x - 0.5) / 0.4, y, seed=100 + seed, epochs=2, rate=1e-3)
+            after = accuracy(pruned.eval())
+            rows.append({"seed": seed, "keep": keep, "dense": accuracy(dense), "pruned": before, "tuned": after})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def measure_speed(repeats: int, batch: int) -> list[dict[str, Any]]:
+    """vim_tiny at 224 pixels: time of the pruned pass / time of the dense one, in turns, beside the FLOPs counted."""
+    net, x = lynceus.create_model("vim_tiny").eval(), torch.randn(batch, 3, 224, 224)
+    models: dict[str, nn.Module] = {"dense": net}
+    for keep in (0.8, 0.6):
+        for carry in ("hold", "decay", "decay_prev"):
+            models[f"keep {keep}, {carry}"] = PruneTokens(blocks=(5, 10, 15), keep=keep, carry=carry)(net)
+    walls: dict[str, list[float]] = {name: [] for name in models}
+    processor: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for name, model in models.items():
+                wall, own = time.perf_counter(), time.process_time()
+                model(x)
+                if turn:
+                    walls[name].append(time.perf_counter() - wall)
+                    processor[name].append(time.process_time() - own)
+    whole = flops(net, x[:1])
+    return [
+        {
+            "model": name,
+            "flops": flops(model, x[:1]) / whole,
+            "wall": statistics.median(a / b for a, b in zip(walls[name], walls["dense"])),
+            "wall, least": min(walls[name]) / min(walls["dense"]),
+            "processor": statistics.median(a / b for a, b in zip(processor[name], processor["dense"])),
+            "processor, least": min(processor[name]) / min(processor["dense"]),
+            "ms": 1e3 * min(walls[name]),
+        }
+        for name, model in models.items()
+    ]
+
+
+def flops(net: nn.Module, x: Tensor) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=["accuracy", "tune", "speed"], default=[])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.threads} thread(s)")
+    wanted = args.what or ["accuracy", "tune", "speed"]
+    if "accuracy" in wanted:
+        rows = measure_accuracy(tuple(args.seeds))
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        for name, value in verdicts(rows).items():
+            print(f"{value:+7.2f}  {name}", flush=True)
+    if "tune" in wanted:
+        measure_tuning(tuple(args.seeds))
+    if "speed" in wanted:
+        for row in measure_speed(args.repeats, args.batch):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,14 +30,14 @@ def mix_mamba(mixer: Mamba, tokens: Float[Tensor, "b k c"], places: Places | Non
     ahead = _branch(mixer, x, "", here)
     if mixer.direction == "none":
         u, delta, b, c = (v.transpose(0, 1)[:, None] for v in ahead)
-        ends, gaps, a = ("",), _stacked(here, backwards=False), _negative(mixer.A_log)
+        gaps, a = _stacked(here, backwards=False), _negative(mixer.A_log)
     else:
         back = _branch(mixer, x, "_b", here, reverse=True) if mixer.direction == "v2" else ahead
-        ends = ("", "_b") if mixer.direction == "v2" else ("", "")
         u, delta, b, c = (torch.stack((f.transpose(0, 1), r.flip(1).transpose(0, 1)), 1) for f, r in zip(ahead, back))
         gaps, a = _stacked(here, backwards=True), torch.cat((_negative(mixer.A_log), _negative(mixer.A_b_log)))
     delta, values = F.softplus(delta), u
     if gaps is not None:
+        ends = {"none": ("",), "v1": ("", ""), "v2": ("", "_b")}[mixer.direction]
         idle = F.softplus(torch.stack([_wide(getattr(mixer, f"dt_proj{e}").bias) for e in ends]))[:, None]
         values, delta = through_gaps(u, delta, gaps, carry, idle)
     y, _ = scan(values.contiguous(), delta.contiguous(), a, b.contiguous()[..., None], c.contiguous()[..., None])

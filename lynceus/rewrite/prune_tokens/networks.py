@@ -97,7 +97,7 @@ class PrunedVim(Pruned, Vim):
                     hidden,
                     residual,
                     block,
-                    None if whole else places,  # type: ignore[arg-type]
+                    None if whole else places,
                 )
             if i in wanted:
                 kept[i] = hidden + residual if whole else self._restored(last, places, hidden + residual)
@@ -180,7 +180,7 @@ class PrunedPlainMamba(Pruned, PlainMamba):
                 x = self.run_block(layer, x)
             else:
                 x = x.flatten(1, 2) if x.ndim == 4 else x
-                x, gated = self.run_block(self._placed, x, layer, size, None if whole else places)  # type: ignore[misc]
+                x, gated = self.run_block(self._placed, x, layer, size, None if whole else places)
             if i == final and self.config.out_indices is not None:
                 x = self.ln1(x)
             if i in wanted:

@@ -74,8 +74,8 @@ def through_gaps(
     delta: Float[Tensor, "t e b d"],
     gaps: Int[Tensor, "t s b"],
     carry: Carry,
-    idle: Float[Tensor, "e 1 d"],
-) -> tuple[Float[Tensor, "t s b d"], Float[Tensor, "t s b d"]]:
+    idle: Float[Tensor, "#e 1 d"],
+) -> tuple[Float[Tensor, "t s b d"], Float[Tensor, "t f b d"]]:
     """Inputs and steps of the ordinary scan that does what the gaps ask for. idle: the step of a token of zeros."""
     if carry in ("hold", "none"):
         return u, delta
