@@ -15,7 +15,6 @@ from lynceus.cli._schema import parse, real, skeleton, with_options
 from lynceus.core.config import dump_yaml
 
 FIT, METHOD = "lynceus.train.fit:FitConfig", "lynceus.recipes.specialise:SpecialiseConfig"
-ADAPTER = "lynceus.rewrite.adapters.adapt:Adapt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,9 @@ class Options:
     limit: int | None = None  # use at most this many images, each class thinned alike
     val: float = 0.2  # share of the images set aside, where the data has no split of its own
     preset: Literal["auto", "plain", "small", "photo"] = "auto"  # crops, shifts and flips
+    kind: Literal["splora", "sppara", "splopa"] = "splora"  # adapters: low rank, full at the central tap, prototypes
+    rank: float = 8  # of splora: whole, or a share below 1 of the outputs
+    full: str | None = None  # regular expression: layers that learn whole; a new classifier does anyway
     fine_tune: bool = False  # learn all weights instead of adapters, for comparison
     resume: bool = False  # go on after the last finished density in --out
     out: Path | None = None  # run folder; default: runs/specialise/BASE
@@ -35,12 +37,12 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     gentle = skeleton(FIT)(lr=2e-3, weight_decay=5e-4)  # recipes.specialise.SPECIALISE
-    low = skeleton(ADAPTER)(rank=8)
-    schema = with_options(Options, defaults={"fit": gentle, "adapter": low}, method=METHOD, adapter=ADAPTER, fit=FIT)
+    schema = with_options(Options, defaults={"fit": gentle}, method=METHOD, fit=FIT)
     options = parse(schema, argv, prog="lynceus train specialise")
     import lynceus.data
     from lynceus.cli.train import difference_of
     from lynceus.recipes.specialise import specialise
+    from lynceus.rewrite.adapters import Adapt
 
     base = open_model(str(options.base.resolve()))
     dataset = lynceus.data.open(options.data, limit=options.limit)
@@ -49,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"data: {dataset!r}\nrun folder: {out.resolve()}\n")
     (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
     method, fitting = real(options.method), real(options.fit)
-    adapter = None if options.fine_tune else real(options.adapter)
+    rank = options.rank if options.rank < 1 else round(options.rank)
+    adapter = None
+    if not options.fine_tune:
+        adapter = Adapt(kind=options.kind, rank=rank, full=options.full, seed=fitting.seed)
     made, report = specialise(
         base, dataset, adapter=adapter, config=method, fitting=fitting, held_out=options.val, preset=options.preset,
         out=out, resume=options.resume,

@@ -170,7 +170,12 @@ def specialise(
         raise AdviceError(f"{there[0].resolve()} is there already. Go on with it: resume=True; or give another `out`.")
     made: list[Special] = []
     rows: list[dict[str, Any]] = []
-    whole = dependencies(model, _example(model, train)[:2]).channels
+    whole = dependencies(model, _example(model, train, 2)).channels
+    if not whole and min(config.left) < 1:
+        raise AdviceError(
+            f"No channel of this model can be pruned with {adapter.kind if adapter else 'all weights'}; splopa adapts "
+            "blocks for block pruning, so take kind='splora' or 'sppara', or left=(1.0,)."
+        )
     with progress("specialising", total=len(config.left), unit="densities", quiet=fitting.quiet) as bar:
         for number, (density, place) in enumerate(zip(config.left, places)):
             done = place in there

@@ -8,7 +8,7 @@ from lynceus.cli.__main__ import main
 from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import load_model, save_model
 
-SHORT = ["--method.before", "0.1", "--method.between", "0.1", "--method.finish", "0.1", "--method.step", "0.5"]
+SHORT = ["--before", "0.1", "--between", "0.1", "--finish", "0.1", "--step", "0.5", "--quiet"]
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def base(tmp_path, monkeypatch):
 
 
 def test_from_a_base_to_a_delta_and_back(base, capsys):
-    args = ["train", "specialise", "digits", "--base", "base", "--limit", "100", "--out", "special", "--fit.quiet"]
-    assert main([*args, "--method.left", "0.5", *SHORT, "--adapter.rank", "2"]) == 0
+    args = ["train", "specialise", "digits", "--base", "base", "--limit", "100", "--out", "special"]
+    assert main([*args, "--left", "0.5", *SHORT, "--rank", "2"]) == 0
     assert "lynceus rewrite apply_delta base --delta special/left-50/delta.safetensors" in capsys.readouterr().out
     assert (
         main(["rewrite", "apply_delta", "base", "--delta", "special/left-50", "--size", "8", "8", "--out", "new"]) == 0

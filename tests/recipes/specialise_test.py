@@ -14,13 +14,13 @@ from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import load_model
 from lynceus.train.fit import FitConfig
 
-SHORT = SpecialiseConfig(left=(0.6, 0.4), step=0.3, before=0.2, between=0.1, finish=0.3)
+SHORT = SpecialiseConfig(left=(0.6, 0.4), step=0.4, before=0.2, between=0.1, finish=0.3)
 FIT = FitConfig(lr=1e-2, batch_size=32, quiet=True)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return lynceus.data.open("digits", limit=200)
+    return lynceus.data.open("digits", limit=120)
 
 
 def base(classes=4):

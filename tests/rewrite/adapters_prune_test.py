@@ -84,6 +84,9 @@ def test_pruned_then_fused_is_fused_then_pruned(name):
         assert {n for n in state if n in other and state[n].shape != other[n].shape} == set()
 
 
+SLOWER = ("volo_nano", "vim_nano", "timm:mobilenetv3_small_050")  # seconds each
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     groups=st.sampled_from([1, 2, 3, 4, 6, 12]),
@@ -130,7 +133,9 @@ def test_heads_and_the_width_of_tokens_are_pruned_apart():
     assert narrow.pos_embed.shape[-1] == narrow.num_features == narrow.stages[0].channels == 50
 
 
-@pytest.mark.parametrize("name", ["swin_nano", "convnext_nano", "volo_nano", "vim_nano", "timm:mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["swin_nano", "convnext_nano", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER)]
+)
 def test_backbones_prune_run_and_train(name):
     torch.manual_seed(0)
     net = lynceus.create_model(name, num_classes=5).eval()
