@@ -61,11 +61,17 @@ def servers() -> list[Server]:
         Server(name="naive", group="naive", command=naive),
         Server(name="naive, 1 thread", group="naive", command=(*naive, "--threads", "1")),
         Server(name="ours, threads", group="ours", command=(*quick, "--threads", "1")),
+        Server(name=f"ours, {n} model threads", group="ours", command=(*quick, "--model-threads", n)),
+        Server(
+            name=f"ours, {n} model threads, packed",
+            group="ours",
+            command=(*quick, "--model-threads", n, "--way", "packed", "--max-batch", "8"),
+        ),
         Server(name=f"ours, {n} processes", group="ours", command=(*quick, "--workers", n, "--threads", "1")),
         Server(
-            name=f"ours, {n} processes, batch 1",
+            name=f"ours, {n} processes, packed",
             group="ours",
-            command=(*quick, "--workers", n, "--threads", "1", "--max-batch", "1"),
+            command=(*quick, "--workers", n, "--threads", "1", "--way", "packed", "--max-batch", "8"),
         ),
         Server(name="ours, exact pixels", group="ours exact", command=(*ours, "--threads", "1")),
         Server(

@@ -37,7 +37,9 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("batches", {"preprocess_workers": 1, "exact": True}),
     ("decoders on all cores", {"exact": True}),
     ("JPEG decoded small, 8 bits", {"exact": False}),
-    ("worker processes", {"exact": False, "workers": -1}),
+    ("weights packed (way packed)", {"exact": False, "way": "packed"}),
+    ("model threads on all cores", {"exact": False, "way": "packed", "model_threads": -1}),
+    ("worker processes instead", {"exact": False, "way": "packed", "workers": -1}),
 )
 
 

@@ -86,7 +86,7 @@ def test_tuning_step_by_step():
     report = Profile(sizes=("medium",), parts=("tuning",), crowd=4, seconds=0.5).measure("resnet_nano")
     rows = report.parts[0].rows
     assert rows[0]["times, medium"] == 1
-    assert [r["step"] for r in rows][-1] == "worker processes"
+    assert [r["step"] for r in rows][-1] == "worker processes instead"
     assert all(r["throughput_per_s, medium"] > 0 for r in rows)
 
 
