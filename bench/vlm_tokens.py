@@ -1,7 +1,7 @@
 """Token pruning inside vision-language models: prefill time beside FLOPs, RoPE's bias, and a small model's accuracy.
 
 python -m bench.vlm_tokens [time] [criteria] [scenes]; scenes trains three small models (`bench/_scenes.py`, kept in a
-folder of the temporary files: some 10 processor minutes each) and prunes them in five ways.
+folder of the temporary files: three processor minutes each) and prunes them in five ways.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def scene_rows(seeds: tuple[int, ...] = (0, 1, 2), count: int = 600) -> list[dic
         "fastv without RoPE": {"method": "fastv_norope", "layers": (1,)},
         "uniform": {"method": "uniform", "layers": (1,)},
         "feather": {"method": "feather", "layers": (2, 4)},
+        "feather, as early as fastv": {"method": "feather", "layers": (1, 4)},
         "fastv, later and harder": {"method": "fastv", "layers": (2,), "ratio": 0.87},
         "no RoPE, later and harder": {"method": "fastv_norope", "layers": (2,), "ratio": 0.87},
         "uniform, later and harder": {"method": "uniform", "layers": (2,), "stride": 3},
