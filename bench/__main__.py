@@ -23,6 +23,8 @@ ALONE = (
     "policy",
     "vlm_tokens",
     "streaming",
+    "expedite",
+    "prune_tokens",
 )  # minutes each
 IMAGES = (
     "adapters",
