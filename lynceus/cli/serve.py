@@ -24,7 +24,7 @@ class Options:
     Stops on SIGTERM or Ctrl-C, after what is on the way was answered."""
 
     models: Positional[tuple[str, ...]] = ()  # run folders, names, python:MODULE:NAME; ALIAS=... or ALIAS@VERSION=...
-    pipeline: Path | None = None  # a YAML file that chains models; see docs/serve_pipeline.md
+    pipeline: Path | None = None  # a YAML file of a chain: steps (two models), link, max_objects
     quiet: bool = False  # say nothing but errors
 
 

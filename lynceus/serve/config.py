@@ -69,6 +69,11 @@ class ServeConfig:
                 raise AdviceError(f"{name} is above 0, not {getattr(self, name)}.")
         if self.engine not in ("local", "ray"):
             raise unknown("engine", str(self.engine), ("local", "ray"))
+        if self.queue < self.max_batch:
+            raise AdviceError(
+                f"Batches of {self.max_batch} never fill when only {self.queue} requests may be on the way; raise "
+                "queue or lower max_batch."
+            )
         if self.port > 65535:
             raise AdviceError(f"port is at most 65535, not {self.port}.")
         if self.placement not in ("client", "image", "batch", "device"):

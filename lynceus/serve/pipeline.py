@@ -130,7 +130,10 @@ class Pipeline(Engine):
         self.metrics.batch(model.label, len(jobs))
         for job in jobs:
             job.image = None
-        self._to_answer.put((jobs, raw))
+        if len(jobs) == 1 and not len(self._batches):  # nobody waits for this thread: save the way to the next
+            self._answer_all(jobs, raw)
+        else:
+            self._to_answer.put((jobs, raw))
 
     def _answer(self) -> None:
         torch.set_num_threads(1)
@@ -138,16 +141,18 @@ class Pipeline(Engine):
             taken = self._to_answer.get()
             if taken is None:
                 return
-            jobs, raw = taken
-            try:
-                rows: Sequence[Any] = jobs[0].model.rows(raw, [job.size for job in jobs])
-            except ModelFailed as error:
-                rows = [error] * len(jobs)
-            except Exception as error:
-                rows = [ModelFailed(f"The outputs cannot be read: {type(error).__name__}.")] * len(jobs)
-            self._mark(jobs, "postprocess")
-            for job, row in zip(jobs, rows):
-                self._finish(job, row if isinstance(row, Refused) else Answer(row, job.trace, job.picture))
+            self._answer_all(*taken)
+
+    def _answer_all(self, jobs: list[Job], raw: Any) -> None:
+        try:
+            rows: Sequence[Any] = jobs[0].model.rows(raw, [job.size for job in jobs])
+        except ModelFailed as error:
+            rows = [error] * len(jobs)
+        except Exception as error:
+            rows = [ModelFailed(f"The outputs cannot be read: {type(error).__name__}.")] * len(jobs)
+        self._mark(jobs, "postprocess")
+        for job, row in zip(jobs, rows):
+            self._finish(job, row if isinstance(row, Refused) else Answer(row, job.trace, job.picture))
 
     def _mark(self, jobs: list[Job], name: str) -> None:
         now = time.monotonic_ns()

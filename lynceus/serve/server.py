@@ -10,6 +10,7 @@ import asyncio
 import socket
 import threading
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lynceus.core.config import changed
@@ -24,13 +25,11 @@ class Server:
     """A started server. `url` is where it listens; `stop` drains it; leaving the `with` block stops it."""
 
     def __init__(self, engine: Any, config: ServeConfig):
-        try:
-            import uvicorn
+        import uvicorn
 
-            from lynceus.serve.api import Door
-            from lynceus.serve.protocol import bounded
-        except ImportError as error:
-            raise missing_extra(str(error.name), "serve", use="Serving") from None
+        from lynceus.serve.api import Door
+        from lynceus.serve.protocol import bounded
+
         self.engine, self.config = engine, config
         self.door = Door(engine, config)
         self.socket = _listen(config.host, config.port)
@@ -146,6 +145,9 @@ def serve(models: Any = None, *, config: ServeConfig | None = None, **changes: A
     changes: fields of ServeConfig, such as port=0, max_batch=8, workers=2. The server listens on loopback unless host
     says otherwise, in a thread of its own; `with serve(model) as server:` stops it at the end.
     """
+    for package in ("fastapi", "uvicorn", "httptools", "simplejpeg"):  # before a model is loaded
+        if find_spec(package) is None:
+            raise missing_extra(package, "serve", use="Serving")
     config = changed(config or ServeConfig(port=0), changes)
     if config.engine == "ray":
         from lynceus.serve.ray_engine import RayServer

@@ -244,6 +244,7 @@ def workers_of(server):
     return requests.get(server.url + "/stats").json()["workers"]
 
 
+@pytest.mark.slow
 def test_shared_memory_workers_answer_as_offline_and_survive_a_poisoned_picture(saved, classifier, files, toys):
     models = (f"digits={saved}", "bad=python:serve_toys:delicate")
     config = ServeConfig(models=models, port=0, workers=2, attempts=2, max_batch=4)
@@ -266,7 +267,15 @@ def test_shared_memory_workers_answer_as_offline_and_survive_a_poisoned_picture(
         trace = requests.post(server.url + "/predict?trace=1", data=JPEG).json()["trace"]
         assert sum(s["ms"] for s in trace["spans"]) == pytest.approx(trace["total_ms"], rel=0.02)
         assert [s["name"] for s in trace["spans"]].count("broker_wait") == 2
+        while not all(w["ready"] for w in workers_of(server)):
+            time.sleep(0.05)
         pids = [w["pid"] for w in workers_of(server)]
+        assert requests.post(server.url + "/models/digits/reload").status_code == 200
+        assert requests.patch(server.url + "/settings", json={"workers": 0}).status_code == 400
+        assert requests.patch(server.url + "/settings", json={"workers": 1, "max_batch": 2}).status_code == 200
+        rows = [requests.post(server.url + "/predict", data=f.read_bytes()).json() for f in files[:10]]
+        assert [r["label"] for r in rows] == [p.label for p in found[:10]]
+        assert [w["pid"] for w in workers_of(server)] == pids[:1]
     assert not any(map(alive, pids))
 
 
@@ -342,8 +351,11 @@ def test_sigterm_answers_what_is_there_and_ends(toys_folder):
         assert server.wait(10) == 0
 
 
-def test_no_process_outlives_its_parent(saved, tmp_path):
+def test_workers_answer_as_offline_and_do_not_outlive_their_parent(saved, classifier, files, tmp_path):
     with started([f"m={saved}", "--workers", "1"], tmp_path) as server:
+        found = predict(classifier, files[:10], quiet=True)
+        rows = [requests.post(server.url + "/predict", data=f.read_bytes()).json() for f in files[:10]]
+        assert max(abs(np.array(r["scores"]) - p.scores.numpy()).max() for r, p in zip(rows, found)) < 1e-5
         pids = [w["pid"] for w in workers_of(server)]
         assert all(map(alive, pids))
         server.kill()  # the parent has no chance to say anything

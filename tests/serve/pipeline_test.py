@@ -292,8 +292,8 @@ def test_mistakes_are_answered_before_anything_starts(models, said, toys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_batch": 0}, {"queue": 0}, {"deadline_s": 0.0}, {"port": 70000}, {"placement": "gpu"}, {"broker": "kafka"},
-     {"api_key": ""}, {"size": 0}, {"max_wait_ms": -1.0}],
+    [{"max_batch": 0}, {"queue": 0}, {"queue": 8, "max_batch": 9}, {"deadline_s": 0.0}, {"port": 70000},
+     {"placement": "gpu"}, {"broker": "kafka"}, {"api_key": ""}, {"size": 0}, {"max_wait_ms": -1.0}],
 )  # fmt: skip
 def test_settings_are_checked(wrong):
     with pytest.raises(AdviceError):
