@@ -274,7 +274,7 @@ def index(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out:
 def reduce(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     first = out if isinstance(out, Tensor) else out[0]
     labels = t.of(args[0])
-    axes = args[1] if len(args) > 1 else kwargs.get("dim")
+    axes: Any = args[1] if len(args) > 1 else kwargs.get("dim")
     if op.startswith("linalg_vector_norm"):
         axes = args[2] if len(args) > 2 else kwargs.get("dim")
     if isinstance(axes, int) and not isinstance(axes, bool):

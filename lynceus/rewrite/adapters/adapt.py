@@ -136,13 +136,12 @@ def adapt(
         raise AdviceError("This model has adapters already: fuse(model) first, then adapt what comes out.")
     made = unpack_attention(copy.deepcopy(model)) if kind == "splora" else copy.deepcopy(model)
     made.requires_grad_(False)
-    reach = dict(made.named_modules())
+    reach: dict[str, Any] = dict(made.named_modules())
     skipped: dict[str, str] = {}
     found: dict[tuple[int, int, int], LowRank] = {}
     count = 0
     with borrowed(seed, "adapters"):
-        for name, each in reach.items():
-            layer: Any = each
+        for name, layer in reach.items():
             own = full is not None and bool(re.search(full, name))
             if own:
                 layer.requires_grad_(True)
