@@ -164,10 +164,11 @@ def in_turns(models: dict[str, nn.Module], x: Tensor, repeats: int) -> list[dict
 
 def speed(repeats: int) -> None:
     x = torch.randn(1, 3, 512, 512)
-    for name, tries in {
+    wanted: dict[str, list[dict[str, Any]]] = {
         "vit_small": [{"alpha": 4, "clusters": (16, 16)}, {"alpha": 5, "clusters": (16, 16)}],
         "swin_tiny_patch4_window7_224": [{"alpha": 1, "clusters": (4, 4)}],
-    }.items():
+    }
+    for name, tries in wanted.items():
         net = lynceus.create_model(name).eval()
         models = {name: net, **{f"alpha {t['alpha']}, {t['clusters']}": Expedite(**t)(net) for t in tries}}
         for row in in_turns(models, x, repeats):

@@ -356,12 +356,6 @@ def test_swapped_mixers_get_the_grid_of_clusters():
     assert Expedite(alpha=2, clusters=(3, 4))(mixed, x)(x).shape == (2, 5)
 
 
-def mixers():
-    from lynceus.layers.mixers import MIXERS
-
-    return MIXERS
-
-
 @pytest.mark.slow
 def test_compiled_it_is_the_same(host):
     model, _, fewer, x = host
@@ -370,6 +364,7 @@ def test_compiled_it_is_the_same(host):
         assert torch.allclose(torch.compile(fast)(x), fast(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_exports():
     for net, clusters in ((vit(), (3, 5)), (sam(), (3, 3))):
         fast, x = Expedite(alpha=2, clusters=clusters)(net), torch.randn(2, 3, 24, 32)

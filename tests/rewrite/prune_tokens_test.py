@@ -367,7 +367,7 @@ def test_gradients_are_those_of_the_masked_form(carry):
         assert torch.allclose(a, b, atol=1e-9)
 
 
-def test_it_saves_loads_chains_and_exports(tmp_path):
+def test_it_saves_loads_and_chains(tmp_path):
     torch.manual_seed(0)
     model = Classify(num_classes=3).build(lynceus.create_model("vim_nano", class_token="middle"))
     x = torch.rand(2, 3, 32, 32)
@@ -376,7 +376,11 @@ def test_it_saves_loads_chains_and_exports(tmp_path):
     again = load_model(tmp_path)
     assert again.rewrite == made.rewrite
     assert torch.equal(again(x), made(x))
-    pruned = PruneTokens(blocks=(2,), keep=0.7, carry="decay")(vim())
+
+
+@pytest.mark.slow
+def test_it_exports():
+    pruned = PruneTokens(blocks=(2,), keep=0.7, carry="decay")(vim(depth=3))
     program = torch.export.export(pruned, (pixels(),))
     assert torch.allclose(program.module()(pixels()), pruned(pixels()), atol=1e-4)
 
