@@ -22,7 +22,9 @@ class Options:
 
     models: Positional[tuple[str, ...]] = ()  # as for `lynceus serve`: run folders, names, python:MODULE:NAME
     images: Path | None = None  # folder of JPEGs that requests are made of; default: generated ones
-    parts: tuple[Literal["alone", "clients", "placements", "tuning", "capacity"], ...] | None = None  # default: all
+    parts: tuple[Literal["alone", "tasks", "clients", "placements", "tuning", "capacity"], ...] | None = (
+        None  # default: all
+    )
     sizes: tuple[Literal["small", "medium", "large"], ...] = ("small", "medium", "large")  # of pictures
     clients: tuple[int, ...] | None = None  # concurrencies; default: 1 to 512 in doublings
     crowd: int = 32  # clients of the parts that need many

@@ -30,8 +30,8 @@ from lynceus.serve.knee import knee
 from lynceus.serve.load import Load, Request, Result, run
 from lynceus.serve.spans import PREPROCESSING, SPANS
 
-Part = Literal["alone", "clients", "placements", "tuning", "capacity"]
-PARTS: tuple[Part, ...] = ("alone", "clients", "placements", "tuning", "capacity")
+Part = Literal["alone", "tasks", "clients", "placements", "tuning", "capacity"]
+PARTS: tuple[Part, ...] = ("alone", "tasks", "clients", "placements", "tuning", "capacity")
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one picture at a time", {"max_batch": 1, "preprocess_workers": 1, "exact": True}),
     ("batches", {"preprocess_workers": 1, "exact": True}),
@@ -155,6 +155,32 @@ class _Run:
                 "The paper's figures are those of its abstract and of published summaries; its full text was not read.",
             ],
         )
+
+    def tasks(self, report: Report, bar: Progress) -> None:
+        from lynceus.serve.four_tasks import SIDES, TASKS, network
+        from lynceus.serve.server import serve
+
+        rows: list[dict[str, Any]] = []
+        for task in TASKS:
+            config = replace(self.base, size=SIDES[task], models=())
+            with serve({task: network(task)}, config=config) as server:
+                for kind, requests in self.pools.items():
+                    found = alone(server.url, requests, seconds=self.asked.seconds, header=self.header)
+                    rows.append(
+                        {
+                            "task": task,
+                            "size": kind,
+                            "end_to_end_ms": 1e3 * float(found.total.mean()),
+                            "preprocessing": found.share(*PREPROCESSING),
+                            "inference": found.share("infer"),
+                            "answer": found.share("postprocess", "serialise"),
+                        }
+                    )
+            bar.advance(0, task=task)
+        note = (
+            "Networks of the four tasks are stand-ins with drawn weights (lynceus.serve.four_tasks), not your model's."
+        )
+        report.parts.append(Report(name="A lone request by task", rows=rows, notes=[note]))
 
     # 2 ----------------------------------------------------------------------------------------------
     def clients(self, report: Report, bar: Progress) -> None:

@@ -58,7 +58,7 @@ def test_it_is_a_check_and_breaks_a_lone_request_down():
 
 
 def test_all_parts(tmp_path):
-    parts = tuple(p for p in PARTS if p != "tuning")
+    parts = tuple(p for p in PARTS if p not in ("tuning", "tasks"))
     report = Profile(
         sizes=("small",), clients=(1, 4), crowd=4, seconds=0.3, pictures=2, rates=(0.5,), parts=parts
     ).measure({"colour": Colour()})
@@ -88,6 +88,15 @@ def test_tuning_step_by_step():
     assert rows[0]["times, medium"] == 1
     assert [r["step"] for r in rows][-1] == "worker processes instead"
     assert all(r["throughput_per_s, medium"] > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_the_four_tasks_weigh_their_answers():
+    report = Profile(sizes=("small",), parts=("tasks",), seconds=1.0, pictures=2).measure({"colour": Colour()})
+    rows = {r["task"]: r for r in report.parts[0].rows}
+    assert set(rows) == {"classification", "segmentation", "detection", "depth"}
+    assert all(0 < r["preprocessing"] + r["inference"] + r["answer"] <= 1 for r in rows.values())
+    assert rows["depth"]["answer"] > rows["classification"]["answer"]  # 50,000 numbers beside one
 
 
 def test_wrong_options_are_said_before_anything_starts():
