@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
         return _deploy(options, model, rewrite, data, example, out)
     changed = rewrite(model, example)
     save_model(changed, out)
-    report = compare(model, changed, data, example, seed=options.seed)
+    report = compare(model, changed, data, example[: options.batch], seed=options.seed)
     if isinstance(getattr(changed, "report", None), Report):
         report.parts.append(changed.report)  # type: ignore[arg-type]
     line, expression = twin_of(options.model, weights=options.weights)

@@ -211,8 +211,8 @@ def test_a_plan_that_empties_heads_gives_a_smaller_model_that_loads(tmp_path):
     plan = KeptBlocks(block=(16, 16), kept={f"{name}.qkv": written(qkv), f"{name}.proj": written(proj)})
     made = plan(model, x)
     assert made.get_submodule(name).heads == 3
-    assert plan(timm_like := copy.deepcopy(model), None).get_submodule(name).qkv.out_features == 144
-    assert timm_like.get_submodule(name).heads == 4
+    assert plan(untouched := copy.deepcopy(model), None).get_submodule(name).qkv.out_features == 144
+    assert untouched.get_submodule(name).heads == 4
     with torch.no_grad():
         assert torch.allclose(made(x), masked_copy(model, plan)(x), atol=1e-5)
     save_model(made, tmp_path / "m")

@@ -11,6 +11,7 @@ At a slope mu every layer takes the largest s at which the slope of its curve's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,9 +132,8 @@ def allocate(
     return Allocation(index, share(index), float(levels[high]) * (n - 1), beta, objective)
 
 
-def _between(before: np.ndarray, after: np.ndarray, share: object, flops: float) -> np.ndarray:
+def _between(before: np.ndarray, after: np.ndarray, share: Callable[[np.ndarray], float], flops: float) -> np.ndarray:
     """Straight parts of a hull have one slope, so any place on them is as good: the one closest to the budget."""
-    assert callable(share)
     index = before.copy()
     best, far = index.copy(), abs(share(index) - flops)
     for layer in np.flatnonzero(before != after):
