@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,8 @@ def main(argv: Sequence[str]) -> int:
         f"learnt, kept = data.split({1 - options.held!r}, {options.held!r})\nmodel = {expression}\n"
         f"plan = split(model, {list(devices)!r}, learnt, {budget!r}, config={config!r})\n"
         f"print(plan.evaluate(kept, dense=model), plan.report(), plan.save({str(out)!r}))"
-    ).replace("inf", 'float("inf")')
-    show(report, out=out, twin=twin)
+    )
+    show(report, out=out, twin=re.sub(r"=inf\b", '=float("inf")', twin))
     print(f"\nthe plan: {out}  (lynceus edge {out} PICTURES, lynceus predict {out} PICTURES)")
     return 0
 

@@ -110,7 +110,10 @@ class Unswapped:
     def __init__(self, made: nn.Module, earlier: tuple[Any, ...], inside: tuple[Any, ...] = ()):
         self._made, self._inside = made, inside
         if earlier:
-            self.rewrite, self.original = earlier[-1], Unswapped(made, earlier[:-1], inside)
+            # a rewrite that changes what the configuration says (a split) keeps a description of its own
+            kept = getattr(made, "__dict__", {}).get("original")
+            self.rewrite = earlier[-1]
+            self.original = kept if isinstance(kept, nn.Module) else Unswapped(made, earlier[:-1], inside)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("rewrite", "original"):

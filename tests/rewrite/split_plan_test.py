@@ -18,6 +18,7 @@ from lynceus.cli.__main__ import main
 from lynceus.core.errors import AdviceError, MissingError
 from lynceus.core.nouns import chain
 from lynceus.data.digits import digits
+from lynceus.rewrite.block_prune.rewrite import BlockPrune
 from lynceus.rewrite.deploy import Deploy
 from lynceus.rewrite.split import Budget, Cut, Device, InfeasibleError, Plan, Retrain, Split, SplitConfig, split
 from lynceus.rewrite.split.fused import Fused, Fusion, fit_fusion, joined
@@ -258,6 +259,9 @@ def test_it_chains_with_a_cut_before_and_deploy_behind(model, tmp_path):
     assert both.parts[0].backbone.config.dim == 12
     save_model(both, tmp_path / "both")
     assert torch.equal(load_model(tmp_path / "both")(image), both(image))
+    sparse = BlockPrune(block=(4, 4), flops=0.8)(both, image)  # signs what carries a description of its own
+    save_model(sparse, tmp_path / "sparse")
+    assert torch.equal(load_model(tmp_path / "sparse")(image[:8]), sparse(image[:8]))
     fast = Deploy(ways=("eager",), seconds=0.05, threads=(1,))(both, image[:8])
     save_model(fast, tmp_path / "fast")
     assert torch.allclose(load_model(tmp_path / "fast")(image[:8]), both(image[:8]), atol=1e-4)
