@@ -84,7 +84,7 @@ class Segmenter(nn.Module):
 @cache
 def segmenter(seed: int = 0) -> Segmenter:
     """Trained for some processor minutes; kept in a folder of the temporary files."""
-    recipe = "".join(map(inspect.getsource, (scenes, Segmenter))) + repr((seed, STEPS, BATCH))
+    recipe = inspect.getsource(scenes) + inspect.getsource(Segmenter) + repr((seed, STEPS, BATCH))
     path = KEPT / f"segmenter-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.safetensors"
     with borrowed(seed, "segmenter"):
         net = Segmenter()

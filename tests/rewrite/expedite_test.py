@@ -350,9 +350,7 @@ def test_it_saves_loads_and_chains(tmp_path):
 
 def test_swapped_mixers_get_the_grid_of_clusters():
     net, x = vit(class_token=False, pool="avg"), torch.rand(2, 3, 24, 32)
-    mixed = (
-        Swap(mixer="depthwise", blocks=(3,))(net) if "depthwise" in mixers() else Swap(mixer="halo", blocks=(3,))(net)
-    )
+    mixed = Swap(mixer="halo", blocks=(3,))(net)
     assert Expedite(alpha=2, clusters=(3, 4))(mixed, x)(x).shape == (2, 5)
 
 
