@@ -1,6 +1,7 @@
 """engine="ray": the answers of the local engine through Ray Serve; clear advice where Ray Serve is not whole."""
 
-import sys
+import builtins
+import types
 
 import pytest
 
@@ -49,17 +50,21 @@ def test_ray_serve_answers_as_the_local_engine_does(tmp_path):
         assert {"decode", "infer", "serialise"} <= {s["name"] for s in other["trace"]["spans"]}
 
 
-def test_missing_parts_are_advised(monkeypatch):
-    config = ServeConfig(port=0, engine="ray")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingError, match=r"lynceus\[cluster\]"):
-        serve("resnet_nano", config=config)
-    monkeypatch.delitem(sys.modules, "ray")
-    pytest.importorskip("ray", reason='pip install "lynceus[cluster]"')
-    monkeypatch.setitem(sys.modules, "ray.serve", None)
-    monkeypatch.delattr(sys.modules["ray"], "serve", raising=False)
-    with pytest.raises(AdviceError, match=r"ray\[serve\]"):
-        serve("resnet_nano", config=config)
+@pytest.mark.parametrize(
+    ("missing", "kind", "said"),
+    [("ray", MissingError, r"lynceus\[cluster\]"), ("grpc", AdviceError, r"ray\[serve\]")],
+)
+def test_missing_parts_are_advised(monkeypatch, missing, kind, said):
+    real = builtins.__import__
+
+    def without(name, scope=None, local=None, names=(), level=0):
+        if name == "ray" and (missing == "ray" or names):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return types.ModuleType("ray") if name == "ray" else real(name, scope, local, names, level)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(kind, match=said):
+        serve("resnet_nano", config=ServeConfig(port=0, engine="ray"))
 
 
 def test_an_engine_that_there_is_not():
