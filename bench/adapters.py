@@ -35,8 +35,8 @@ STRIDES = (2, 2, 2, 1, 1)
 TRAIN, TEST = 700, 300  # images of each class
 LEFT = (0.5, 0.3, 0.1)
 METHODS: dict[str, tuple[Adapt | None, float]] = {  # with its learning rate
-    "SPLoRA r8": (Adapt(rank=8), 4e-3),
-    "SPPaRA": (Adapt(kind="sppara"), 4e-3),
+    "SPLoRA r8": (Adapt(rank=8), 2e-2),
+    "SPPaRA": (Adapt(kind="sppara"), 1e-2),
     "fine-tuning": (None, 2e-3),
 }
 

@@ -20,6 +20,7 @@ def base(tmp_path, monkeypatch):
     return model
 
 
+@pytest.mark.slow  # the comparison of before and after takes its time
 def test_from_a_base_to_a_delta_and_back(base, capsys):
     args = ["train", "specialise", "digits", "--base", "base", "--limit", "100", "--out", "special"]
     assert main([*args, "--left", "0.5", *SHORT, "--rank", "2"]) == 0
@@ -31,7 +32,8 @@ def test_from_a_base_to_a_delta_and_back(base, capsys):
     assert torch.equal(load_model("new")(x), load_model("special/left-50")(x))
 
 
-def test_adapt_prune_and_fuse(base, capsys):
+@pytest.mark.slow
+def test_adapt_prune_and_fuse(base):
     for name, source, more in (
         ("adapt", "base", ["--rank", "2"]),
         ("prune_channels", "adapt", ["--ratio", "0.4"]),
@@ -40,7 +42,11 @@ def test_adapt_prune_and_fuse(base, capsys):
         assert main(["rewrite", name, source, *more, "--size", "8", "8", "--out", name]) == 0
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(load_model("fuse")(x), load_model("prune_channels")(x))
-    capsys.readouterr()
+
+
+def test_mistakes_are_told(base, capsys):
+    assert main(["train", "specialise", "digits", "--base", "bass", "--out", "no"]) == 2
+    assert "bass" in capsys.readouterr().err
     assert main(["rewrite", "fuse", "base", "--size", "8", "8", "--out", "no"]) == 2
     assert "has no adapters to fuse" in capsys.readouterr().err
     assert main(["rewrite", "prune_channels", "base", "--ratio", "1.5", "--size", "8", "8", "--out", "no"]) == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +54,19 @@ class Delta:
         """Writes one .safetensors file."""
         from safetensors.torch import save
 
-        from lynceus.train.log import write_atomic
-
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path / "delta.safetensors"
         state = {n: t.detach().cpu().contiguous() for n, t in self.state.items()}
         text = zlib.compress(json.dumps(self.about, separators=(",", ":")).encode(), 9)
         state[ABOUT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        write_atomic(path, save(state, metadata={"format": "lynceus-delta"}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(save(state, metadata={"format": "lynceus-delta"}))
+            os.replace(part, path)  # a kill at any moment leaves the old file or the new one
+        finally:
+            part.unlink(missing_ok=True)
         return path
 
     @staticmethod
