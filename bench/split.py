@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -265,18 +266,18 @@ def run_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
         "ViT-S/16, 224 px": {"image_size": (224, 224), "patch_size": 16, "dim": 384, "depth": 12, "heads": 6},
     }
     for name, options in nets.items():
-        for pool in ({"class_token": True, "pool": "token"},):
-            model = Classify(num_classes=10).build(lynceus.create_model("vit_nano", num_classes=10, **options, **pool))
+        options |= {"class_token": True, "pool": "token"}
+        model = Classify(num_classes=10).build(lynceus.create_model("vit_nano", num_classes=10, **options))
         side = options["image_size"][0]  # type: ignore[index]
         data = torch.randint(0, 256, (20, 3, side, side), dtype=torch.uint8), torch.arange(20) % 10
         for batch in args.batch:
             image = data[0][:batch]
             dense = pinned(model, image, cores[0], args.repeats)
-            for count in args.devices:
+            for count, pruned in itertools.product(args.devices, args.pruned):
                 for link in ({}, {"rate": 250e3 if side < 100 else 12.5e6, "delay": 0.002}):
                     devices = [Device(name=f"device{i}", **link) for i in range(count)]
                     config = SplitConfig(
-                        pruned=args.pruned, measure="magnitude", rounds=1, retrain=Retrain(steps=0), fusion_steps=0
+                        pruned=pruned, measure="magnitude", rounds=1, retrain=Retrain(steps=0), fusion_steps=0
                     )
                     plan = split(model, devices, data, Budget(), config=config)
                     with deploy(plan, config=EdgeConfig(deadline=60)) as cluster:
@@ -286,6 +287,7 @@ def run_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "net": name,
                         "batch": batch,
                         "N": count,
+                        "pruned": f"{pruned} of 6",
                         "link": f"{link['rate'] * 8e-6:g} Mbit/s, {1e3 * link['delay']:g} ms" if link else "unshaped",
                         "dense ms": 1e3 * dense,
                         "wall ms": 1e3 * timed.wall,
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="pruning: also by the KL itself")
     parser.add_argument("--no-ensemble", action="store_true")
     parser.add_argument("--devices", type=int, nargs="*", default=[4])
-    parser.add_argument("--pruned", type=int, default=4, help="latency: shares of 6 pruned")
+    parser.add_argument("--pruned", type=int, nargs="*", default=[4, 5], help="latency: shares of 6 pruned")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--out", help="JSON file for the figures")
