@@ -19,12 +19,12 @@ from lynceus.serve.brokers import Broker, Delivery, DownError, FullError, open_b
 from lynceus.serve.config import ServeConfig
 from lynceus.serve.engine import Answer
 from lynceus.serve.errors import Expired, Refused, WorkerLost
-from lynceus.serve.links import MalformedError, pack_answer, unpack_job
+from lynceus.serve.links import MalformedError, pack, pack_answer, unpack, unpack_job
 from lynceus.serve.metrics import Metrics
 from lynceus.serve.pipeline import Pipeline
 from lynceus.serve.spans import Trace
 
-CAREFUL = 32  # jobs that a worker takes one by one after another has crashed
+LOOK_S = (20.0, 0.05)  # between looks at suspects: of a worker in its first life, and of one that was started again
 
 
 class BatchCounts(Metrics):
@@ -48,11 +48,12 @@ class BatchCounts(Metrics):
 class Consumer:
     """The loop between a broker and a pipeline, in a thread of its own.
 
-    careful: jobs to take one by one at first. A job that was given out before is done alone, so that one which kills
-    its worker takes no other with it."""
+    A job that was given out before may have killed its worker. A worker in its first life hands it on to the topic
+    "suspects", which one that was started again (`again`) looks after, each job alone: a picture that kills its
+    worker takes down no healthy one, and no other job with it."""
 
-    def __init__(self, broker: Broker, pipeline: Pipeline, name: str, *, careful: int = 0):
-        self.broker, self.pipeline, self.name, self.careful = broker, pipeline, name, careful
+    def __init__(self, broker: Broker, pipeline: Pipeline, name: str, *, again: bool = False):
+        self.broker, self.pipeline, self.name, self.again = broker, pipeline, name, again
         self._room = threading.Condition()
         self._held = 0
         self._stop = False
@@ -60,48 +61,68 @@ class Consumer:
         self._thread.start()
 
     def _run(self) -> None:
-        touched = time.monotonic()
+        touched = looked = time.monotonic()
         while not self._stop:
             c = self.pipeline.config
             with self._room:
                 free = 2 * c.max_batch - self._held
-                if free <= 0 or (self.careful and self._held):
+                if free <= 0:
                     self._room.wait(0.1)
-                    free = 0
-            if time.monotonic() - touched > 5:
-                touched = time.monotonic()
-                self._down(lambda: self.broker.touch("jobs", self.name))
-            if not free:
+            now = time.monotonic()
+            if now - touched > 5:
+                touched = now
+                for topic in ("jobs", "suspects"):
+                    self._down(lambda topic=topic: self.broker.touch(topic, self.name))
+            if free <= 0:
                 continue
-            count = 1 if self.careful else free
             try:
-                found = self.broker.consume("jobs", self.name, count=count, wait_s=0.5, share=max(1, c.workers))
+                if now - looked > LOOK_S[self.again]:
+                    looked = now
+                    for delivery in self.broker.consume("suspects", self.name, count=1, wait_s=0.0):
+                        self._take_suspect(delivery)
+                wait = min(0.5, LOOK_S[self.again])
+                found = self.broker.consume("jobs", self.name, count=free, wait_s=wait, share=max(1, c.workers))
             except DownError:
                 time.sleep(0.05)
                 continue
             for delivery in found:
-                self.careful = max(0, self.careful - 1)
-                self._take(delivery)
+                if delivery.attempt == 1:
+                    self._take("jobs", delivery.key, delivery.body, 1)
+                else:
+                    handed = pack([delivery.attempt], delivery.body)
+                    self._down(lambda handed=handed: self.broker.publish("suspects", [handed]))
+                    self._ack("jobs", delivery.key)
+                    looked = 0.0 if self.again else looked
 
-    def _take(self, delivery: Delivery) -> None:
+    def _take_suspect(self, delivery: Delivery) -> None:
+        try:
+            (attempt,), body = unpack(delivery.body)
+        except (MalformedError, TypeError, ValueError):
+            self._ack("suspects", delivery.key)
+            return
+        self._wait_until_idle()
+        self._take("suspects", delivery.key, body, int(attempt) + delivery.attempt - 1)
+        self._wait_until_idle()
+
+    def _ack(self, topic: str, delivery: Any) -> None:
+        self._down(lambda: self.broker.ack(topic, [delivery]))
+
+    def _take(self, topic: str, delivery: Any, message: bytes, attempt: int) -> None:
         taken = time.monotonic_ns()
         try:
-            key, trace, deadline, model, version, body = unpack_job(delivery.body, taken)
+            key, trace, deadline, model, version, body = unpack_job(message, taken)
         except MalformedError:
-            self._down(lambda: self.broker.ack("jobs", [delivery.key]))
+            self._ack(topic, delivery)
             return
-        alone = delivery.attempt > 1
-        if alone:
-            self._wait_until_idle()
         with self._room:
             self._held += 1
 
         def done(outcome: Any) -> None:
-            self._reply(delivery.key, key, outcome, trace)
+            self._reply(topic, delivery, key, outcome, trace)
 
         left = (deadline - time.monotonic_ns()) / 1e9
-        if delivery.attempt > self.pipeline.config.attempts:
-            done(WorkerLost(f"{delivery.attempt - 1} workers were lost with this picture; it is not tried again."))
+        if attempt > self.pipeline.config.attempts:
+            done(WorkerLost(f"{attempt - 1} workers were lost with this picture; it is not tried again."))
         elif left <= 0:
             done(Expired("The request waited longer than its deadline."))
         else:
@@ -111,18 +132,16 @@ class Consumer:
                 self.pipeline.start(body, done, model=model, version=version, trace=trace, deadline_s=begun + left)
             except Refused as error:
                 done(error)
-        if alone:
-            self._wait_until_idle()
 
     def _wait_until_idle(self) -> None:
         with self._room:
             while self._held and not self._stop:
                 self._room.wait(0.1)
 
-    def _reply(self, delivery: Any, key: str, outcome: Answer | Refused, trace: Trace) -> None:
+    def _reply(self, topic: str, delivery: Any, key: str, outcome: Answer | Refused, trace: Trace) -> None:
         message = pack_answer(key, outcome, trace, time.monotonic_ns())
         self._down(lambda: self.broker.publish("replies", [message]))
-        self._down(lambda: self.broker.ack("jobs", [delivery]))
+        self._ack(topic, delivery)
         with self._room:
             self._held -= 1
             self._room.notify_all()
@@ -197,7 +216,7 @@ def _work(told: dict[str, Any], out: Any, state: dict[str, Any]) -> None:
         counts = BatchCounts()
         pipeline = Pipeline(config, None, metrics=counts)
         broker = open_broker(told["broker"])
-        state["consumer"] = Consumer(broker, pipeline, told["name"], careful=told["careful"])
+        state["consumer"] = Consumer(broker, pipeline, told["name"], again=told["again"])
         state["pipeline"] = pipeline
         _say(out, ready=[m.info() for m in pipeline.registry.all()])
     except Exception as error:

@@ -148,7 +148,7 @@ class Fleet(Engine):
             "broker": self.broker.address,
             "name": worker.name,
             "path": [os.getcwd(), *sys.path],
-            "careful": 32 if worker.generation > 1 else 0,
+            "again": worker.generation > 1,
         }
         worker.say(**told)
         threading.Thread(
@@ -202,6 +202,7 @@ class Fleet(Engine):
         while not self._ending:
             try:
                 self.metrics.redelivered += self.broker.release("jobs", name)
+                self.metrics.redelivered += self.broker.release("suspects", name)
                 self.broker.release("replies", name)
                 return
             except DownError:

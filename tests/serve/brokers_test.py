@@ -194,6 +194,27 @@ def test_redis_killed_with_its_data_kept_loses_nothing(redis_server):
     broker.close()
 
 
+def test_redis_hands_out_again_what_a_broken_connection_swallowed(redis_server):
+    broker = open_broker(redis_server.url + "?namespace=n")
+    broker.publish("jobs", [b"1", b"2", b"3"])
+    assert [d.body for d in broker.consume("jobs", "a", count=1, wait_s=1)] == [b"1"]
+    import redis
+
+    # the server hands out the second, and its answer is lost on the way
+    redis.Redis(port=redis_server.port).xreadgroup("lynceus", "a", {"lynceus:n:jobs": ">"}, count=1)
+    redis_server.kill()
+    with pytest.raises(DownError):
+        broker.consume("jobs", "a", wait_s=0.1)
+    redis_server.start()
+    got = []
+    while len(got) < 2:
+        got += broker.consume("jobs", "a", count=5, wait_s=1)
+    assert [d.body for d in got] == [b"2", b"3"]
+    broker.ack("jobs", [d.key for d in got])
+    assert broker.depth("jobs") == (0, 1)
+    broker.close()
+
+
 def test_redis_gives_a_silent_consumers_messages_to_another(redis_server):
     address = redis_server.url + "?namespace=n&lease_ms=200"
     one, two = open_broker(address), open_broker(address)

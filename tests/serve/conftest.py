@@ -1,5 +1,6 @@
 """A small trained-like classifier, pictures as files, and a real Redis server for the brokers."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -170,12 +171,15 @@ class RedisServer:
         command = [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+        import redis
+
+        client = redis.Redis(port=self.port)
+        for _ in range(500):
+            with contextlib.suppress(redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
+                client.ping()
+                client.close()
                 return
-            except OSError:
-                time.sleep(0.02)
+            time.sleep(0.02)
         raise RuntimeError("redis-server did not start")
 
     def kill(self):

@@ -247,7 +247,7 @@ def workers_of(server):
 @pytest.mark.slow
 def test_shared_memory_workers_answer_as_offline_and_survive_a_poisoned_picture(saved, classifier, files, toys):
     models = (f"digits={saved}", "bad=python:serve_toys:delicate")
-    config = ServeConfig(models=models, port=0, workers=2, attempts=2, max_batch=4)
+    config = ServeConfig(models=models, port=0, workers=2, attempts=2, max_batch=4, deadline_s=120.0)
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 255
     poison = encode(red, "PNG")
@@ -280,7 +280,9 @@ def test_shared_memory_workers_answer_as_offline_and_survive_a_poisoned_picture(
 
 
 def test_kills_of_workers_and_of_redis_lose_no_accepted_job(saved, classifier, files, redis_server):
-    config = ServeConfig(models=(f"digits={saved}",), port=0, workers=2, max_batch=2, broker=redis_server.url)
+    config = ServeConfig(
+        models=(f"digits={saved}",), port=0, workers=2, max_batch=2, broker=redis_server.url, deadline_s=120.0
+    )
     found = predict(classifier, files, quiet=True)
     count = 240
     with serve(config=config) as server:
@@ -291,7 +293,7 @@ def test_kills_of_workers_and_of_redis_lose_no_accepted_job(saved, classifier, f
             if not hasattr(session, "s"):
                 session.s = requests.Session()
             time.sleep(0.03)
-            got = session.s.post(server.url + "/predict", data=files[i % len(files)].read_bytes(), timeout=40)
+            got = session.s.post(server.url + "/predict", data=files[i % len(files)].read_bytes(), timeout=120)
             with lock:
                 answers.append((i, got.status_code, got.json().get("label"), got.text[:100]))
 

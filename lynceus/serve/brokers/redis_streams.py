@@ -46,6 +46,8 @@ class RedisBroker:
         self._known: set[str] = set()
         self._swept = 0.0
         self._lock = threading.Lock()
+        self._held: dict[tuple[str, str], set[Any]] = {}  # by topic and consumer: handed out here, not acknowledged
+        self._unsure: set[tuple[str, str]] = set()  # whose last reading broke off: the server may have given it more
         try:
             self._client.ping()
         except self._down as error:
@@ -88,10 +90,38 @@ class RedisBroker:
     def consume(
         self, topic: str, consumer: str, *, count: int = 1, wait_s: float = 0.1, share: int = 1
     ) -> list[Delivery]:
-        return self._call(lambda: self._consume(topic, consumer, count, wait_s))
+        own = (topic, consumer)
+        try:
+            found: list[Delivery] = self._call(lambda: self._consume(topic, consumer, count, wait_s))
+        except DownError:
+            with self._lock:
+                self._unsure.add(own)
+            raise
+        if found:
+            with self._lock:
+                self._held.setdefault(own, set()).update(d.key for d in found)
+        return found
+
+    def _missed(self, key: str, own: tuple[str, str], count: int) -> list[Delivery]:
+        """What the server counts as this consumer's, but never reached it: the connection broke in between."""
+        rows: Any = self._client.xpending_range(key, GROUP, "-", "+", 1000, consumername=own[1])
+        with self._lock:
+            held = self._held.get(own, set())
+            missed = [r["message_id"] for r in rows if r["message_id"] not in held]
+            if len(missed) <= count:
+                self._unsure.discard(own)
+        found: list[Delivery] = []
+        for i in missed[:count]:
+            entries: Any = self._client.xrange(key, i, i)
+            found += [_delivery(i, fields) for i, fields in entries]
+        return found
 
     def _consume(self, topic: str, consumer: str, count: int, wait_s: float) -> list[Delivery]:
         key = self._key(topic)
+        if (topic, consumer) in self._unsure:
+            missed = self._missed(key, (topic, consumer), count)
+            if missed:
+                return missed
         now = time.monotonic()
         if now - self._swept > self.lease_ms / 4e3:
             self._swept = now
@@ -125,6 +155,10 @@ class RedisBroker:
                 pipe.execute()
 
         self._call(work)
+        with self._lock:
+            for (name, _), held in self._held.items():
+                if name == topic:
+                    held.difference_update(keys)
 
     def release(self, topic: str, consumer: str) -> int:
         return self._call(lambda: self._release(topic, consumer))
@@ -152,11 +186,13 @@ class RedisBroker:
         return count
 
     def touch(self, topic: str, consumer: str) -> None:
+        with self._lock:
+            held = list(self._held.get((topic, consumer), ()))
+
         def work() -> None:
             key = self._key(topic)
-            held: Any = self._client.xpending_range(key, GROUP, "-", "+", 1000, consumername=consumer)
             if held:
-                self._client.xclaim(key, GROUP, consumer, 0, [r["message_id"] for r in held], justid=True)
+                self._client.xclaim(key, GROUP, consumer, 0, held, justid=True)
             self._client.expire(key, EXPIRE_S)
 
         self._call(work)

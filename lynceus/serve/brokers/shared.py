@@ -26,7 +26,7 @@ from lynceus.serve.brokers import Delivery, FullError
 
 BLOCK = 1 << 16
 FREE, WRITING, READY, TAKEN = range(4)
-TOPICS = ("jobs", "replies")
+TOPICS = ("jobs", "replies", "suspects")
 _SLOT = np.dtype(
     [
         ("seq", "u8"),
