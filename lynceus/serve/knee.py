@@ -21,7 +21,7 @@ from lynceus.serve.load import OK, Load, Request, Result, run
 def knee(x: Sequence[float], y: Sequence[float]) -> int:
     """Index of the bend of a curve that rises and flattens (throughput against clients). x ascending.
 
-    Of points that bend alike within 2 %, the first. A straight or falling curve bends at its end or its start."""
+    Of points that bend alike within 5 %, the first. A straight or falling curve bends at its end or its start."""
     if len(x) != len(y) or len(x) < 1:
         raise AdviceError(f"A curve needs as many x as y, and at least one: here {len(x)} and {len(y)}.")
     xs, ys = np.asarray(x, dtype=float), np.maximum.accumulate(np.asarray(y, dtype=float))
@@ -32,7 +32,7 @@ def knee(x: Sequence[float], y: Sequence[float]) -> int:
     rise = (ys - ys[0]) / (ys[-1] - ys[0]) - (xs - xs[0]) / (xs[-1] - xs[0])
     if rise.max() < 0.05:
         return len(xs) - 1
-    return int(np.argmax(rise >= rise.max() - 0.02))
+    return int(np.argmax(rise >= rise.max() - 0.05))
 
 
 @dataclass(frozen=True, kw_only=True)

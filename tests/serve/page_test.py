@@ -125,7 +125,7 @@ def test_boxes_are_drawn_on_the_picture(page):
     page.wait_for_selector("#timeline svg")
     assert "1 object: 1 0.88" in page.inner_text("#answer")
     pixel = "([x, y]) => [...document.getElementById('picture').getContext('2d').getImageData(x, y, 1, 1).data]"
-    on_frame, off_frame = page.evaluate(pixel, [40, 20]), page.evaluate(pixel, [70, 50])
+    on_frame, off_frame = page.evaluate(pixel, [30, 28]), page.evaluate(pixel, [80, 50])
     assert max(on_frame[:3]) > 100
     assert max(off_frame[:3]) < 20
 
