@@ -273,9 +273,10 @@ def magnitude(backbone: nn.Module, key: Key) -> Float[Tensor, " units"]:
     return total.sqrt()
 
 
-def choose(probe: Probe, pruned: int, how: How, *, seed: int = 0) -> Cut:
+def choose(probe: Probe, pruned: int, how: How, *, seed: int = 0, turns: int = 4) -> Cut:
     """What stays when `pruned` shares go: channels first, then heads, then hidden units, each judged with what went
-    before it closed."""
+    before it closed. Each kind
+    goes in `turns` steps, and what is left is measured again before each."""
     parts = probe.parts
     widths, heads, hidden = even(parts, pruned, probe.net.inner.config.mlp_ratio)
     cut = whole(parts)
@@ -284,9 +285,14 @@ def choose(probe: Probe, pruned: int, how: How, *, seed: int = 0) -> Cut:
         wanted = {k: n for k, n in zip(keys, counts) if n < parts.size(k)}
         chosen: dict[Key, tuple[int, ...]] = {k: tuple(range(parts.size(k))) for k in keys}
         if wanted:
-            for key, score in probe.scores(list(wanted), how, seed=seed).items():
-                best = score.argsort(descending=True, stable=True)[: wanted[key]]
-                chosen[key] = tuple(sorted(best.tolist()))
+            for turn in range(1, turns + 1):
+                for key, score in probe.scores(list(wanted), how, seed=seed).items():
+                    left = torch.tensor(chosen[key])
+                    count = parts.size(key) - round((parts.size(key) - wanted[key]) * turn / turns)
+                    best = score[left].argsort(descending=True, stable=True)[:count].cpu()
+                    chosen[key] = tuple(sorted(left[best].tolist()))
+                for key in wanted:
+                    probe.keep(key, chosen[key])
         for key, kept in chosen.items():
             if len(kept) < parts.size(key):
                 probe.keep(key, kept)
