@@ -23,6 +23,7 @@ from lynceus.backbones import create_model
 from lynceus.backbones._table import family_module, variants
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError, MissingError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.identity import model_key
 from lynceus.core.rng import borrowed, derive
 from lynceus.core.subject import Subject
@@ -33,7 +34,6 @@ from lynceus.recipes.supervised import PRESETS, Supervised
 from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import load_model, save_model
 from lynceus.train.fit import FitConfig, fit
-from lynceus.train.log import write_atomic
 
 if TYPE_CHECKING:
     from lynceus.gauntlet.run import GauntletConfig

@@ -22,8 +22,8 @@ from lynceus.backbones._hub import rebuild
 from lynceus.backbones._table import variants
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.files import write_atomic
 from lynceus.tasks import task_class
-from lynceus.train.log import write_atomic
 
 FORMAT = 1
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.files import write_atomic
 from lynceus.core.progress import progress
 from lynceus.core.subject import Subject
 from lynceus.core.types import Prediction, Sample
@@ -21,7 +22,6 @@ from lynceus.data import open_dataset
 from lynceus.data.decode import UnreadableError, from_pillow, read_image, to_image
 from lynceus.train.checkpoint import load_model
 from lynceus.train.evaluate import batches, samples
-from lynceus.train.log import write_atomic
 
 
 def predict(

@@ -148,7 +148,7 @@ def test_states_are_read_without_unpickling(tmp_path):
 
 
 def test_writing_leaves_the_old_file_when_it_fails(tmp_path):
-    from lynceus.train.log import write_atomic
+    from lynceus.core.files import write_atomic
 
     write_atomic(tmp_path / "f", "old")
 

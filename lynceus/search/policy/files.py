@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.files import write_atomic
 from lynceus.search.policy.sequences import Policy, RemovalPolicy, ShrinkPolicy
 
 
 def save_policy(policy: Policy, path: str | Path) -> Path:
     """Writes a policy to a .safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     told = {
         "policy": type(policy).__name__,
@@ -18,9 +19,7 @@ def save_policy(policy: Policy, path: str | Path) -> Path:
         "skips": str(int(policy.skips)),
         "critic": str(int(policy.critic is not None)),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(policy.state_dict(), path, told)
-    return Path(path)
+    return write_atomic(Path(path), save(policy.state_dict(), told))
 
 
 def load_policy(path: str | Path) -> Policy:
