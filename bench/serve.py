@@ -116,15 +116,21 @@ class Running:
             command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         self.url = f"http://127.0.0.1:{self.port}/predict"
+        try:
+            self.answer = self.first(server, body)
+        except BaseException:
+            self.stop()
+            raise
+
+    def first(self, server: Server, body: bytes) -> Any:
+        """The answer to a first request, asked until there is one."""
         limit = time.monotonic() + 120
         while True:
             try:
                 request = urllib.request.Request(self.url, data=body, headers={"Content-Type": "image/jpeg"})
-                self.answer = json.load(urllib.request.urlopen(request, timeout=30))
-                break
+                return json.load(urllib.request.urlopen(request, timeout=30))
             except (OSError, urllib.error.URLError) as error:
                 if self.process.poll() is not None or time.monotonic() > limit:
-                    self.stop()
                     raise RuntimeError(f"{server.name} does not answer ({error})") from None
                 time.sleep(0.2)
 
@@ -240,6 +246,7 @@ def main() -> None:
     parser.add_argument("--peers", default=os.environ.get("LYNCEUS_PEERS"), help="folder with litserve and ray[serve]")
     parser.add_argument("--out", help="JSON file for the figures")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
     wanted = args.only or ["throughput", "breakdown", "chain"]
     made: dict[str, Any] = {
         "environment": {
