@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.files import write_atomic
 from lynceus.rewrite.adapters.adapt import DIGEST, Adapt, Fuse, base_digest
 from lynceus.rewrite.adapters.layers import Adapted, SPLoPALinear
 from lynceus.rewrite.adapters.prune import KeepChannels, settle, sign
@@ -60,14 +60,7 @@ class Delta:
         state = {n: t.detach().cpu().contiguous() for n, t in self.state.items()}
         text = zlib.compress(json.dumps(self.about, separators=(",", ":")).encode(), 9)
         state[ABOUT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(save(state, metadata={"format": "lynceus-delta"}))
-            os.replace(part, path)  # a kill at any moment leaves the old file or the new one
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return write_atomic(path, save(state, metadata={"format": "lynceus-delta"}))
 
     @staticmethod
     def load(path: str | Path) -> Delta:
