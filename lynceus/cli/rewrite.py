@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     save_model(changed, out)
     report = compare(model, changed, data, example[: options.batch], seed=options.seed)
     if isinstance(getattr(changed, "report", None), Report):
-        report.parts.append(changed.report)  # type: ignore[arg-type]
+        report.parts.append(changed.report)
     line, expression = twin_of(options.model, weights=options.weights)
     module, kind = target.split(":")
     source = (

@@ -140,13 +140,14 @@ def adapt(
     skipped: dict[str, str] = {}
     found: dict[tuple[int, int, int], LowRank] = {}
     count = 0
+    adaptable: tuple[type[nn.Module], ...] = (nn.Linear, *CONVS, nn.MultiheadAttention)
     with borrowed(seed, "adapters"):
         for name, layer in reach.items():
             own = full is not None and bool(re.search(full, name))
             if own:
                 layer.requires_grad_(True)
                 continue
-            if not re.search(names, name) or not isinstance(layer, (nn.Linear, *CONVS, nn.MultiheadAttention)):
+            if not re.search(names, name) or not isinstance(layer, adaptable):
                 continue
             reason = _unfit(layer, kind, block)
             if reason:
