@@ -196,7 +196,7 @@ def build_backbone(description: dict[str, Any]) -> nn.Module:
 def _built(description: dict[str, Any]) -> nn.Module:
     """A network of this library that is no backbone of images, from the function that builds it."""
     module, _, name = str(description["builder"]).partition(":")
-    if not module.startswith("lynceus."):
+    if not module.startswith("lynceus.rewrite.") or name != "build":  # a file must not choose what is called
         raise AdviceError(f"{description['name']} is built by {description['builder']}, which is not of this library.")
     build = getattr(import_module(module), name)
     kind = get_type_hints(build)["config"]
