@@ -301,10 +301,10 @@ def matmul(t: Trace, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out
     x, y = args[-2:] if added is None else args[1:3]
     a, b = t.of(x), t.of(y)
     contract(t, op, a[-1], b[-2], x.shape[-1])
-    lead = joined(t, op, [x, y], out.shape)[:1] if out.ndim == 3 else ()
-    made: Axes = (*lead, a[-2], b[-1])
-    if out.ndim == 3 and lead[0] is None:
-        made = (None, a[-2], b[-1])
+    made: Axes = (a[-2], b[-1])
+    if out.ndim == 3:  # only the axis of the batch is shared, whatever sizes the others happen to have
+        contract(t, op, a[0], b[0], out.shape[0])
+        made = (a[0] if b[0] is not None else None, *made)
     return made if added is None else _plus(t, op, added, made, out.shape)
 
 
