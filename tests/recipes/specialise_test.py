@@ -69,6 +69,7 @@ def test_fine_tuning_with_importance_of_images(digits, importance):
         ({"finish": 0.0}, "finish is above 0"),
         ({"importance": "size"}, "importance is one of"),
         ({"least": 0}, "at least 1"),
+        ({"multiple": 0}, "at least 1"),
     ],
 )
 def test_wrong_options(options, message):

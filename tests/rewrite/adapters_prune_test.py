@@ -186,6 +186,54 @@ def test_masks_as_bits(bits):
     assert np.array_equal(unpacked_bits(packed_bits(mask)), mask)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    first=st.integers(2, 20), second=st.integers(2, 20), ratio=st.floats(0, 0.95), multiple=st.integers(1, 8),
+    scope=st.sampled_from(["global", "layer"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_widths_left_are_multiples_or_whole(first, second, ratio, multiple, scope, seed):
+    """Rounded up, by importance: what stays without rounding stays with it."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(3, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 2)
+    ).eval()
+    x, kept = torch.rand(2, 3), {}
+    for number in (1, multiple):
+        small = prune(net, ratio, example=x, scope=scope, multiple=number)
+        masks = small.rewrite.selection().masks
+        kept[number] = [masks.get((f"{n}.weight", 0), np.ones(w, bool)) for n, w in (("0", first), ("2", second))]
+        assert small(x).shape == (2, 2)
+    for free, rounded in zip(kept[1], kept[multiple]):
+        left = int(rounded.sum())
+        assert left == min(-(-int(free.sum()) // multiple) * multiple, len(rounded))
+        assert (rounded | ~free).all()
+    if kept[multiple][0].all() and kept[multiple][1].all():
+        assert torch.equal(small(x), net(x))
+
+
+def test_multiples_count_outputs_of_coupled_layers_and_heads():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 32, 32)
+    small = prune(lynceus.create_model("resnet_nano", num_classes=5), 0.4, example=x, multiple=8)
+    assert {m.out_channels % 8 for m in small.modules() if isinstance(m, nn.Conv2d)} == {0}
+    vit = prune(lynceus.create_model("vit_nano", num_classes=5), 0.4, example=x, scope="layer", multiple=8)
+    assert {b.attn.heads for b in vit.blocks} == {2}  # a head of 32 is a multiple already
+    assert {b.mlp.fc1.out_features for b in vit.blocks} == {232}  # 230.4 are asked for
+    assert vit.num_features == 64  # 58
+
+
+def test_a_layer_as_wide_as_the_rank_is_pruned_further():
+    """The rank's axis is no channel, even where the sizes are the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2)
+    )
+    x = torch.rand(2, 3, 8, 8)
+    small = prune(adapt(net, rank=8, full="5"), 0.5, example=x, scope="layer")
+    assert [small[0].out_channels, small[3].out_channels] == [4, 4]
+    assert [tuple(small[3].adapter.rows.shape), tuple(small[3].adapter.cols.shape)] == [(1, 8, 4), (1, 4, 8)]
+
+
 def test_two_prunings_are_one_plan():
     torch.manual_seed(0)
     net, x = Grouped().eval(), torch.rand(2, 3, 8, 8)
@@ -262,6 +310,7 @@ def test_a_chain_saves_loads_trains_and_exports(tmp_path):
         ({"importance": "size"}, "There is no importance"),
         ({"scope": "all"}, "There is no scope"),
         ({"least": 0}, "least is at least 1"),
+        ({"multiple": 0}, "multiple is at least 1"),
         ({"names": "["}, "no regular expression"),
     ],
 )

@@ -7,6 +7,7 @@ arXiv 1906.10771. Relevance: Yeom et al., Pruning by Explaining, Pattern Recogni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lynceus.core.cost import evaluating
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.rewrite.adapters.layers import CONVS
-from lynceus.rewrite.dependency import Axis, DependencyGraph
+from lynceus.rewrite.dependency import Axis, Bundle, DependencyGraph
 
 Criterion = Literal["l1", "l2", "gradient", "taylor", "lrp"]
 CRITERIA = ("l1", "l2", "gradient", "taylor", "lrp")
@@ -153,12 +154,14 @@ def choose(
     *,
     scope: Literal["global", "layer"] = "global",
     least: int = 1,
+    multiple: int = 1,
 ) -> list[int]:
     """Numbers of the units to remove, so that the share `ratio` of the prunable channels goes, least important first.
 
     A unit's score is the sum over coupled layers; the scores of a bundle are divided by their L2 norm, so that bundles
     compare. scope: "global" ranks all units together, "layer" takes the same share of every bundle. least: units
-    that stay in each bundle."""
+    that stay in each bundle. multiple: what is left of every layer is rounded up to a multiple of so many outputs, or
+    to all that it has; the most important of what would have gone stay."""
     scores = []
     for bundle in graph.bundles:
         place = {u: k for k, u in enumerate(bundle.units.tolist())}
@@ -174,10 +177,11 @@ def choose(
     if scope == "layer":
         for bundle, score in zip(graph.bundles, scores):
             count = min(round(ratio * len(score)), max(len(score) - least, 0))
-            drop += bundle.units[np.argsort(score, kind="stable")[:count]].tolist()
+            drop += _rounded(graph, bundle, np.argsort(score, kind="stable")[:count], multiple)
         return drop
     left = [len(b.units) for b in graph.bundles]
     ranked = sorted((s, k, i) for k, score in enumerate(scores) for i, s in enumerate(score))
+    going: list[list[int]] = [[] for _ in graph.bundles]
     removed = 0.0
     for _, k, i in ranked:
         bundle = graph.bundles[k]
@@ -189,5 +193,16 @@ def choose(
         if left[k] > least:
             left[k] -= 1
             removed += bundle.channels
-            drop.append(int(bundle.units[i]))
-    return drop
+            going[k].append(i)
+    return [u for b, gone in zip(graph.bundles, going) for u in _rounded(graph, b, gone, multiple)]
+
+
+def _rounded(graph: DependencyGraph, bundle: Bundle, going: Sequence[int] | np.ndarray, multiple: int) -> list[int]:
+    """Units that go, least important first as given, less the few that make what is left of every layer a multiple."""
+    if multiple > 1 and len(going):
+        # outputs of a layer that go with one unit: a head, a group, or one channel
+        each = [int((graph.rows(layer) == bundle.units[0]).sum()) for layer in bundle.layers]
+        whole = math.lcm(*(multiple // math.gcd(multiple, n) for n in each))
+        left = len(bundle.units) - len(going)
+        going = going[: max(0, len(bundle.units) - math.ceil(left / whole) * whole)]
+    return [int(u) for u in bundle.units[np.asarray(going, dtype=int)]]

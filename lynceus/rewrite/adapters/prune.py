@@ -36,8 +36,9 @@ class PruneChannels:
     ratio: share of the prunable channels that goes, in [0, 1). importance: "l1", "l2" of the rows of the weights;
     "gradient", |w dL/dw|; "taylor", its square; "lrp", relevance; the last three look at the example images, with the
     model's own first answers as labels. scope: "global" ranks all layers together, "layer" takes the same share of
-    each. least: channels (or heads) that stay in every layer. names: regular expression; only layers whose name it
-    finds are pruned, with all that is coupled with them.
+    each. least: channels (or heads) that stay in every layer. multiple: what is left of every layer is rounded up to a
+    multiple of so many channels, or stays whole; processors like multiples of 8 or 16. names: regular expression; only
+    layers whose name it finds are pruned, with all that is coupled with them.
     """
 
     calibration: ClassVar[int] = 64
@@ -46,6 +47,7 @@ class PruneChannels:
     importance: Criterion = "l1"
     scope: Literal["global", "layer"] = "global"
     least: int = 1
+    multiple: int = 1
     names: str = ""
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class PruneChannels:
             raise unknown("scope", str(self.scope), ("global", "layer"))
         if self.least < 1:
             raise AdviceError(f"least is at least 1, not {self.least}; a layer without channels gives nothing.")
+        if self.multiple < 1:
+            raise AdviceError(f"multiple is at least 1 (any width), not {self.multiple}; 8 suits most processors.")
         try:
             re.compile(self.names)
         except re.error as error:
@@ -72,7 +76,7 @@ class PruneChannels:
             )
         return prune(
             model, self.ratio, importance=self.importance, example=example, scope=self.scope, least=self.least,
-            names=self.names,
+            multiple=self.multiple, names=self.names,
         )  # fmt: skip
 
 
@@ -130,19 +134,23 @@ def prune(
     loss: Loss | None = None,
     scope: Literal["global", "layer"] = "global",
     least: int = 1,
+    multiple: int = 1,
     names: str = "",
     graph: DependencyGraph | None = None,
 ) -> nn.Module:
     """A copy of `model` (adapted or plain) without some channels, in eval mode.
 
     ratio: share of the prunable channels that goes, the least important ones first; or masks: what is kept, by layer:
-    numbers of outputs, or a boolean tensor. example: an input, or several as a tuple. loss: model -> scalar, whose
+    numbers of outputs, or a boolean tensor. multiple: as of `PruneChannels`; masks are taken as they are.
+    example: an input, or several as a tuple. loss: model -> scalar, whose
     gradients tell the importance (`importance.row_scores`). graph: of this very model, if it is known.
     AdviceError when a layer cannot be pruned (it says why), or what goes together is torn apart."""
     if (ratio is None) == (masks is None):
         raise AdviceError("Give one of both: ratio, the share of channels that goes, or masks, what is kept by layer.")
     if ratio is not None:
-        PruneChannels(ratio=ratio, importance=importance, scope=scope, least=least, names=names)
+        PruneChannels(
+            ratio=ratio, importance=importance, scope=scope, least=least, multiple=multiple, names=names
+        )  # fmt: skip
     made = unpack_attention(copy.deepcopy(model))
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     graph = graph or dependencies(made, inputs)
@@ -162,7 +170,7 @@ def prune(
             a for a in graph.roots if any(a.name.removesuffix("weight").rstrip(".") in b.layers for b in chosen.bundles)
         ]
         scores = row_scores(plain, axes, importance, inputs, loss)
-        drop = choose(chosen, scores, float(ratio or 0.0), scope=scope, least=least)
+        drop = choose(chosen, scores, float(ratio or 0.0), scope=scope, least=least, multiple=multiple)
     flags = {n: p.requires_grad for n, p in made.named_parameters()}
     selection = graph.selection(drop)
     selection.apply_(made)
