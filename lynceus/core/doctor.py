@@ -35,6 +35,13 @@ EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
         ("captum", "attributions to compare ours with"),
         ("foolbox", "decision-based and other attacks"),
     ),
+    "vlm": (("transformers", "fewer image tokens in vision-language models"),),
+    "serve": (
+        ("fastapi", "lynceus serve"),
+        ("uvicorn", "lynceus serve"),
+        ("redis", "jobs that outlive a crash: the broker redis://"),
+        ("simplejpeg", "decoding JPEG in a server"),
+    ),
 }
 NEEDED = {
     "accelerate": "training",

@@ -21,6 +21,7 @@ from lynceus.gauntlet.probes import KNN, FewShot, LinearProbe, LinearSVM, Logist
 from lynceus.gauntlet.retrieval import Retrieval
 from lynceus.gauntlet.scaling import DataScaling, ScalingConfig
 from lynceus.gauntlet.trust_report import TrustReport
+from lynceus.serve.profile import Profile
 from lynceus.train.evaluate import Evaluate
 from lynceus.trust.attacked import Attacked
 from lynceus.trust.corrupted import Corrupted
@@ -57,6 +58,7 @@ MEMBERS = {
     "evaluate": Evaluate(quiet=True),
     "cost": CostCheck(repeats=0),  # times differ from call to call
 }
+TIMES_ALONE = [Profile()]  # nothing that it finds is the same twice; tests/serve/profile_test.py holds it
 ROOT = Path(lynceus.__file__).parent
 NEEDS_NO_DATA = {"cost"}  # reads the size of the first image, when there is one
 MEASURED = ("per_second", "seconds")  # of the machine and the moment
@@ -80,7 +82,7 @@ def digits():
 
 def test_every_check_is_on_the_sheet():
     """Whoever writes a class with `needs` and a call puts it into MEMBERS."""
-    listed = {cls for check in MEMBERS.values() for cls in type(check).__mro__}
+    listed = {cls for check in (*MEMBERS.values(), *TIMES_ALONE) for cls in type(check).__mro__}
     for file in ROOT.rglob("*.py"):
         for node in ast.parse(file.read_text()).body:
             body = node.body if isinstance(node, ast.ClassDef) else []

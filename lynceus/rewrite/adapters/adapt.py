@@ -58,8 +58,8 @@ class Adapt:
     """
 
     kind: Kind = "splora"
-    rank: int | float = RANK
-    init_range: float = INIT_RANGE
+    rank: int | float = 16
+    init_range: float = 1e-4
     full: str | None = None
     names: str = ""
     prototypes: int = 64
