@@ -51,7 +51,8 @@ class SpecialiseConfig:
     the model before any pruning. step: share of the channels left that goes at each pruning step.
     before: epochs before the first step. between: epochs after each step. finish: epochs, with falling learning rate,
     at each density in `left`.
-    importance: "l1", "l2", "gradient", "taylor", "lrp"; images: how many training images the last three look at.
+    importance: "l1", "l2", "gradient", "taylor", "lrp"; images: how many training images the last three look at, all at
+    once. Sizes of weights tell what mattered to the base's task, and frozen ones cannot make up for a wrong choice.
     scope: "global" ranks all layers together, "layer" takes the same share of each. least: channels that stay in each.
     multiple: what is left of each layer is rounded up to a multiple of so many channels, at every step; 8 or 16 makes
     small models faster.
@@ -62,8 +63,8 @@ class SpecialiseConfig:
     before: float = 2.0
     between: float = 0.5
     finish: float = 2.0
-    importance: Criterion = "l1"
-    images: int = 256
+    importance: Criterion = "taylor"
+    images: int = 64
     scope: Literal["global", "layer"] = "layer"
     least: int = 2
     multiple: int = 1
