@@ -28,16 +28,19 @@ from bench._trust import KEPT
 from lynceus.core.cost import cost
 from lynceus.core.report import environment
 from lynceus.rewrite.adapters import Adapt, fuse, prune
+from lynceus.rewrite.adapters.importance import CRITERIA
 from lynceus.train.fit import FitConfig
 
 WIDTHS = (64, 128, 128, 128, 128)
 STRIDES = (2, 2, 2, 1, 1)
-TRAIN, TEST = 700, 300  # images of each class
+BASE, TRAIN, VALID, TEST = 4500, 700, 300, 300  # images of each class; VALID follow TRAIN, TEST are the last
 LEFT = (0.5, 0.3, 0.1)
+MULTIPLES = (1, 8, 16)  # of channels, in the speed part
 METHODS: dict[str, tuple[Adapt | None, float]] = {  # with its learning rate
     "SPLoRA r8": (Adapt(rank=8), 2e-2),
+    "SPLoRA r32": (Adapt(rank=32), 2e-2),
     "SPPaRA": (Adapt(kind="sppara"), 1e-2),
-    "fine-tuning": (None, 2e-3),
+    "fine-tuning": (None, 8e-3),
 }
 
 
@@ -63,18 +66,21 @@ class Cnn(nn.Module):
 
 @cache
 def halves() -> dict[str, Any]:
-    """CIFAR-10 as two tasks: (train, test) of classes 0-4 and of 5-9; images are taken class by class, in order."""
+    """CIFAR-10 as two tasks, classes 0-4 and 5-9, each as (train, validation, test); validation images are training
+    images that no measured model learns from. Images are taken class by class, in order."""
     import lynceus.data
     from bench._data import CIFAR10
     from lynceus.data.door import read_array
 
-    path = KEPT / f"adapters-halves-{TRAIN}-{TEST}.npz"
+    path = KEPT / f"adapters-halves-{BASE}-{TRAIN}-{VALID}-{TEST}.npz"
     if not path.is_file():
         data = lynceus.data.open(CIFAR10)
         labels, kept = np.array(data.labels), {}
         for name, classes in (("base", range(5)), ("task", range(5, 10))):
             rows = [np.flatnonzero(labels == c) for c in classes]
-            for part, where in (("train", slice(0, TRAIN)), ("test", slice(-TEST, None))):
+            cut = BASE if name == "base" else TRAIN
+            parts = {"train": slice(0, cut), "valid": slice(cut, cut + VALID), "test": slice(-TEST, None)}
+            for part, where in parts.items():
                 chosen = np.sort(np.concatenate([r[where] for r in rows]))
                 kept[f"{name}.{part}"] = np.stack([data[int(i)].image.numpy() for i in chosen])
                 kept[f"{name}.{part}.label"] = labels[chosen] - classes[0]
@@ -90,14 +96,14 @@ def halves() -> dict[str, Any]:
                 labels=kept[f"{name}.{part}.label"],
                 classes=kept[f"{name}.classes"].tolist(),
             )
-            for part in ("train", "test")
+            for part in ("train", "valid", "test")
         )
         for name in ("base", "task")
     }
 
 
 def base_of(seed: int) -> Any:
-    """The CNN trained on classes 0-4; kept in a folder of the temporary files."""
+    """The CNN trained on classes 0-4 for some minutes; kept in a folder of the temporary files."""
     from safetensors.torch import load_file, save_file
 
     from lynceus.core.rng import borrowed
@@ -105,14 +111,14 @@ def base_of(seed: int) -> Any:
     from lynceus.tasks.classify import Classify
     from lynceus.train.fit import fit
 
-    train, _ = halves()["base"]
+    train = halves()["base"][0]
     with borrowed(seed, "cnn"):
         predictor = Classify(classes=tuple(train.classes)).build(Cnn())
-    text = inspect.getsource(base_of) + inspect.getsource(Cnn) + repr((WIDTHS, STRIDES, TRAIN, seed))
+    text = inspect.getsource(base_of) + inspect.getsource(Cnn) + repr((WIDTHS, STRIDES, BASE, seed))
     path = KEPT / f"adapters-base-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}.safetensors"
     if not path.is_file():
         recipe = Supervised(predictor.task, predictor.backbone, SMALL)
-        fit(recipe, train, config=FitConfig(epochs=8, lr=3e-3, weight_decay=0.02, seed=seed, quiet=True))
+        fit(recipe, train, config=FitConfig(epochs=10, lr=3e-3, weight_decay=0.02, seed=seed, quiet=True))
         KEPT.mkdir(parents=True, exist_ok=True)
         save_file(recipe.export().state_dict(), str(path) + f".{os.getpid()}")
         os.replace(str(path) + f".{os.getpid()}", path)
@@ -120,27 +126,42 @@ def base_of(seed: int) -> Any:
     return predictor.eval()
 
 
-def accuracy(seeds: list[int]) -> list[dict[str, Any]]:
-    """One row per seed, method and density."""
+SCHEDULE: dict[str, Any] = {"left": LEFT, "step": 0.2, "before": 1.5, "between": 0.5, "finish": 2.5}
+
+
+def special(name: str, lr: float, seed: int, test: Any) -> tuple[Any, list[Any], list[dict[str, Any]]]:
+    """A method's run from the base of a seed: the base, the models, and their rows as evaluated on `test`."""
     from lynceus.recipes.specialise import SpecialiseConfig, specialise
 
-    train, test = halves()["task"]
+    base = base_of(seed)
+    before = copy.deepcopy(base.state_dict())
+    fitting = FitConfig(lr=lr, weight_decay=5e-4, seed=seed, quiet=True)
+    made, report = specialise(
+        base, halves()["task"][0], adapter=METHODS[name][0], config=SpecialiseConfig(**SCHEDULE), held_out=test,
+        preset="small", fitting=fitting,
+    )  # fmt: skip
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    return base, made, report.rows
+
+
+def search(names: list[str], seed: int = 0) -> None:
+    """Accuracies on the validation images by learning rate; METHODS holds the best rates."""
+    for name in names:
+        for lr in (2e-3, 4e-3, 8e-3) if METHODS[name][0] is None else (1e-2, 2e-2, 4e-2):
+            _, _, rows = special(name, lr, seed, halves()["task"][1])
+            print(json.dumps({"method": name, "lr": lr, "valid": [r["accuracy"] for r in rows]}), flush=True)
+
+
+def accuracy(seeds: list[int], names: list[str]) -> list[dict[str, Any]]:
+    """One row per seed, method and density, on the test images."""
     rows = []
     for seed in seeds:
-        base = base_of(seed)
-        before = copy.deepcopy(base.state_dict())
-        for name, (adapter, lr) in METHODS.items():
+        for name in names:
             start = time.process_time()
-            schedule = SpecialiseConfig(left=LEFT, step=0.2, before=1.5, between=0.5, finish=2.5)
-            made, report = specialise(
-                base, train, adapter=adapter, config=schedule, held_out=test, preset="small",
-                fitting=FitConfig(lr=lr, weight_decay=5e-4, seed=seed, quiet=True),
-            )  # fmt: skip
+            base, made, found = special(name, METHODS[name][1], seed, halves()["task"][2])
             spent = time.process_time() - start
-            assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
-            dense = base
-            for row, special in zip(report.rows, made):
-                ms = interleaved({"dense": runner(dense), "small": runner(special.fused)})
+            for row, one in zip(found, made):
+                ms = interleaved({"dense": runner(base), "small": runner(one.fused)})
                 rows.append(
                     {"seed": seed, "method": name, **row, "ms": ms["small"], "ms_dense": ms["dense"], "cpu_s": spent}
                 )
@@ -217,12 +238,14 @@ def speed() -> list[dict[str, Any]]:
     dense = Cnn().eval()
     adapted = Adapt(rank=8)(dense, x)
     for left in LEFT:
-        small = fuse(prune(adapted, 1 - left, example=x, scope="layer")).eval()
-        ms = interleaved({"dense": runner(dense), "small": runner(small)}, 25)
-        share = cost(small, x).macs / cost(dense, x).macs
-        rows.append({"left": left, "dense_ms": ms["dense"], "small_ms": ms["small"], "time": ms["small"] / ms["dense"],
-                     "macs": share})  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+        kept = {k: fuse(prune(adapted, 1 - left, example=x, scope="layer", multiple=k)).eval() for k in MULTIPLES}
+        ms = interleaved({"dense": runner(dense)} | {str(k): runner(m) for k, m in kept.items()}, 41)
+        for k, small in kept.items():
+            widths = [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)]
+            share = cost(small, x).macs / cost(dense, x).macs
+            rows.append({"left": left, "multiple": k, "widths": widths, "dense_ms": ms["dense"],
+                         "small_ms": ms[str(k)], "time": ms[str(k)] / ms["dense"], "macs": share})  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -251,14 +274,19 @@ def peers(plain: nn.Module) -> dict[str, nn.Module]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=("accuracy", "speed", "all"), default="all")
+    parser.add_argument("what", nargs="?", choices=("accuracy", "search", "speed", "all"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--importance", choices=CRITERIA, default="taylor")
     args = parser.parse_args()
+    SCHEDULE["importance"] = args.importance
     print(json.dumps(environment()), flush=True)
     if args.what in ("speed", "all"):
         speed()
     if args.what in ("accuracy", "all"):
-        table(accuracy(args.seeds))
+        table(accuracy(args.seeds, args.methods))
+    if args.what == "search":
+        search(args.methods, args.seeds[0])
 
 
 def table(rows: list[dict[str, Any]]) -> None:
