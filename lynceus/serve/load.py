@@ -9,6 +9,7 @@ own processes, and imports no torch, so that it takes little from the server bes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -265,10 +266,11 @@ def _spawn(plan: dict[str, Any], requests: Sequence[Request]) -> subprocess.Pope
     command = [sys.executable, "-m", "lynceus.serve.load"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(struct.pack("<Q", len(head)) + head)
-    for r in requests:
-        process.stdin.write(r.body)
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has ended, which its first byte tells
+        process.stdin.write(struct.pack("<Q", len(head)) + head)
+        for r in requests:
+            process.stdin.write(r.body)
+        process.stdin.flush()
     return process
 
 
@@ -278,7 +280,9 @@ def _collect(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     if process.wait() or len(raw) < 8:
         raise AdviceError(f"A load process ended with {process.returncode}; its message stands above.")
     (size,) = struct.unpack_from("<Q", raw)
-    head = json.loads(raw[8 : 8 + size])
+    head = json.loads(raw[8 : 8 + size]) if len(raw) >= 8 + size else {"rows": 0, "bodies": [-1]}
+    if len(raw) != 8 + size + 40 * head["rows"] + sum(head["bodies"]):
+        raise AdviceError(f"What a load process measured came in part only ({len(raw)} bytes); run the load again.")
     table = np.frombuffer(raw[8 + size :], dtype=np.float64, count=5 * head["rows"]).reshape(5, head["rows"])
     out: dict[str, Any] = dict(zip(("due", "sent", "done", "status", "kind"), table.copy()))
     at = 8 + size + table.nbytes
@@ -418,7 +422,8 @@ class Generator:
 
 def worker() -> None:
     """A load process: the plan and the bodies on stdin, the table of requests and the kept answers on stdout."""
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    source = sys.stdin.buffer
+    sink = open(sys.stdout.fileno(), "wb", closefd=False)  # under python -u, sys.stdout.buffer may take fewer bytes
     (size,) = struct.unpack("<Q", source.read(8))
     plan = json.loads(source.read(size))
     requests = [

@@ -186,6 +186,27 @@ def test_processes_share_the_load():
     assert abs(len(opened) - 200) < 5 * 200**0.5
 
 
+INTERRUPTED = """
+import atexit, signal, sys
+if "lynceus.serve.load" in sys.orig_argv:
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+"""
+
+
+def test_kept_answers_come_whole_from_an_unbuffered_process(monkeypatch, tmp_path):
+    # as in containers: stdout is then a raw file, of which a signal cuts a write short
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    body = json.dumps(list(range(30_000))).encode()
+    with stub(lambda *_: ok(body)) as (url, _):
+        result = run(url, SMALL, Load(concurrency=1, duration=0.5, warmup=0.0), keep=40)
+    assert len(result.bodies) > 1
+    assert set(result.bodies) == {body}
+
+
 def test_what_is_wrong_is_said_before_anything_is_sent():
     for load in (
         Load(),
