@@ -26,6 +26,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 
 from bench._data import PHOTOS
+from lynceus.core.files import write_atomic
 from lynceus.serve import mixes
 from lynceus.serve.load import Load, Request, run
 
@@ -235,9 +237,49 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     return out
 
 
+def compared(args: argparse.Namespace) -> dict[str, Any]:
+    """The servers beside each other, and ours over each peer."""
+    rows = throughput(args)
+    found = ratios(rows)
+    for name, value in found.items():
+        print(f"{name:56} {value:6.2f}")
+    return {"throughput": rows, "ratios": found}
+
+
+def breakdown(args: argparse.Namespace) -> dict[str, Any]:
+    """Where our server's milliseconds go."""
+    from lynceus.serve import ServeConfig
+    from lynceus.serve.profile import Profile
+
+    sources = mixes.photos(PHOTOS, count=48) if PHOTOS.is_dir() else []
+    report = Profile(seconds=args.seconds, server=ServeConfig(models=(f"m={MODEL}",), port=0)).measure(None, sources)
+    for part in (report, *report.parts):
+        print(f"\n{part.table(width=180)}", flush=True)
+    return {
+        "breakdown": report.rows,
+        "parts": {part.name: {"rows": part.rows, "summary": part.summary} for part in report.parts},
+    }
+
+
+def chain(args: argparse.Namespace) -> dict[str, Any]:
+    """Two models, by link and objects per frame."""
+    from lynceus.serve.chain_curve import ChainCurve
+
+    report = ChainCurve(seconds=args.seconds)()
+    print(f"\n{report.table(width=180)}", flush=True)
+    return {"chain": {"rows": report.rows, "summary": report.summary}}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "throughput": compared,
+    "breakdown": breakdown,
+    "chain": chain,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=("throughput", "breakdown", "chain"), help="default: all")
+    parser.add_argument("--only", nargs="*", choices=tuple(PARTS), help="in this order; default: all")
     parser.add_argument("--servers", nargs="*", default=["naive", "ours", "litserve", "ray"])
     parser.add_argument("--sizes", nargs="*", default=["medium", "large"], choices=tuple(mixes.SIZES))
     parser.add_argument("--clients", nargs="*", type=int, default=[1, 32])
@@ -247,7 +289,6 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file for the figures")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
-    wanted = args.only or ["throughput", "breakdown", "chain"]
     made: dict[str, Any] = {
         "environment": {
             "machine": platform.platform(),
@@ -256,32 +297,10 @@ def main() -> None:
             "load": os.getloadavg()[0],
         }
     }
-    if "throughput" in wanted:
-        made["throughput"] = throughput(args)
-        made["ratios"] = ratios(made["throughput"])
-        for name, value in made["ratios"].items():
-            print(f"{name:56} {value:6.2f}")
-    sources = mixes.photos(PHOTOS, count=48) if PHOTOS.is_dir() else []
-    if "breakdown" in wanted:
-        from lynceus.serve import ServeConfig
-        from lynceus.serve.profile import Profile
-
-        profile = Profile(seconds=args.seconds, server=ServeConfig(models=(f"m={MODEL}",), port=0))
-        report = profile.measure(None, sources)
-        print(report.table(width=180))
-        for part in report.parts:
-            print(f"\n{part.table(width=180)}")
-        made["breakdown"] = report.rows
-        made["parts"] = {part.name: part.rows for part in report.parts}
-    if "chain" in wanted:
-        from lynceus.serve.chain_curve import ChainCurve
-
-        report = ChainCurve(seconds=args.seconds)()
-        print(f"\n{report.table(width=180)}")
-        made["chain"] = {"rows": report.rows, "summary": report.summary}
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(made, file, indent=1)
+    for part in dict.fromkeys(args.only or PARTS):
+        made |= PARTS[part](args)
+        if args.out:  # after each part: what is measured is kept, whatever happens to the next
+            write_atomic(Path(args.out), json.dumps(made, indent=1).encode())
 
 
 if __name__ == "__main__":

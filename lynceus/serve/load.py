@@ -280,7 +280,7 @@ def _collect(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     if process.wait() or len(raw) < 8:
         raise AdviceError(f"A load process ended with {process.returncode}; its message stands above.")
     (size,) = struct.unpack_from("<Q", raw)
-    head = json.loads(raw[8 : 8 + size]) if len(raw) >= 8 + size else {"rows": 0, "bodies": [-1]}
+    head: dict[str, Any] = json.loads(raw[8 : 8 + size]) if len(raw) >= 8 + size else {"rows": 0, "bodies": [-1]}
     if len(raw) != 8 + size + 40 * head["rows"] + sum(head["bodies"]):
         raise AdviceError(f"What a load process measured came in part only ({len(raw)} bytes); run the load again.")
     table = np.frombuffer(raw[8 + size :], dtype=np.float64, count=5 * head["rows"]).reshape(5, head["rows"])
@@ -423,7 +423,8 @@ class Generator:
 def worker() -> None:
     """A load process: the plan and the bodies on stdin, the table of requests and the kept answers on stdout."""
     source = sys.stdin.buffer
-    sink = open(sys.stdout.fileno(), "wb", closefd=False)  # under python -u, sys.stdout.buffer may take fewer bytes
+    # not sys.stdout.buffer, which under python -u is raw and may take fewer bytes than it is given
+    sink = open(sys.stdout.fileno(), "wb", closefd=False)  # noqa: SIM115
     (size,) = struct.unpack("<Q", source.read(8))
     plan = json.loads(source.read(size))
     requests = [
