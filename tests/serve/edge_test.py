@@ -21,6 +21,7 @@ from lynceus.cli.__main__ import main
 from lynceus.core.errors import AdviceError, AdviceWarning
 from lynceus.rewrite.split import Device, Plan, Retrain, SplitConfig, split
 from lynceus.serve.edge import Cluster, EdgeConfig, deploy, wire
+from lynceus.serve.edge.line import Line
 from lynceus.tasks.classify import Classify
 
 NAMES = ("pi0", "pi1", "pi2")
@@ -87,10 +88,42 @@ def test_many_clients_ask_at_once(cluster, plan):
 def test_measured_speeds_make_a_latency_model(cluster, plan):
     known = cluster.calibrated(pictures(2), repeats=3)
     assert all(d.speed != 10e9 and d.speed > 0 for d in known.devices)
+    assert all(0 < d.overhead < 1 for d in known.devices)
     timed = cluster.timed(pictures(2), repeats=3, plan=known)
     assert set(timed.device) == set(NAMES)
     assert timed.predicted == known.latency(2)
     assert timed.simulated == cluster.shared
+
+
+def test_speeds_are_measured_with_all_devices_at_work(cluster, plan, monkeypatch):
+    """They share memory and caches; alone, each would look faster than it is in use."""
+    asked, said = [], cluster._said
+
+    def listen(kind, payload, names, limit, **shaped):
+        asked.append(list(names))
+        return said(kind, payload, names, limit, **shaped)
+
+    monkeypatch.setattr(cluster, "_said", listen)
+    cluster.calibrated(pictures(2), repeats=3)
+    assert asked == ([[n] for n in NAMES] if cluster.shared else [list(NAMES)]) * 3
+
+
+@pytest.mark.slow  # another process
+def test_the_shape_of_a_link_is_in_the_model_not_in_the_overhead(plan):
+    only = replace(plan, shares=tuple(replace(s, device="pi0") for s in plan.shares))
+    only = only.with_devices(replace(d, delay=0.3) for d in only.devices)
+    with deploy(only, config=EdgeConfig(deadline=30, patience=60)) as made:
+        known = made.calibrated(pictures(2), repeats=3)
+        assert known.devices[0].overhead < 0.3
+        assert made.ask(pictures(2)).seconds > 0.6
+        assert known.latency(2) > 0.6
+
+
+def test_the_overhead_of_a_request_counts_in_the_latency_model(plan):
+    slower = plan.with_devices(replace(d, overhead=0.25) for d in plan.devices)
+    assert slower.latency(2) == pytest.approx(plan.latency(2) + 0.25)
+    with pytest.raises(AdviceError, match="overhead cannot be -1"):
+        Device(name="pi", overhead=-1)
 
 
 def test_wrong_images_are_told_before_they_are_sent(cluster):
@@ -175,7 +208,7 @@ def test_silence_is_a_loss(cluster):
 
 def test_strangers_and_garbage_are_turned_away(cluster, plan):
     """Without the token nothing is said; garbage closes its own connection, and the device serves on."""
-    address = cluster._nodes["pi2"].sock.getpeername()
+    address = cluster._nodes["pi2"].line.sock.getpeername()
     assert address[0] == "127.0.0.1"
     for first in (
         struct.pack("!4sBQI", wire.MAGIC, wire.HELLO, 0, 15) + b'{"token": "no"}',
@@ -191,10 +224,21 @@ def test_strangers_and_garbage_are_turned_away(cluster, plan):
     assert "pi2" not in told.missing
 
 
+def test_a_device_says_by_itself_that_it_lives(cluster):
+    """Also while it computes: the beats come from a thread of their own."""
+    node = cluster._nodes["pi2"]
+    with socket.create_connection(node.line.sock.getpeername(), timeout=20) as sock:
+        sock.settimeout(None)
+        hello = {"token": cluster._token, "beat": 0.02}
+        wire.send(sock, wire.Frame(kind=wire.HELLO, payload=json.dumps(hello).encode()))
+        assert wire.receive(sock, wait=20).kind == wire.HELLO
+        assert [wire.receive(sock, wait=20).kind for _ in range(3)] == [wire.BEAT] * 3
+
+
 def test_a_bad_request_is_answered_with_its_reason(cluster):
     """Past the cluster's own check: bytes that are no safetensors, and a tensor of another shape."""
     node = cluster._nodes["pi2"]
-    with socket.create_connection(node.sock.getpeername(), timeout=20) as sock:
+    with socket.create_connection(node.line.sock.getpeername(), timeout=20) as sock:
         sock.settimeout(None)
         wire.send(sock, wire.Frame(kind=wire.HELLO, payload=json.dumps({"token": cluster._token}).encode()))
         assert wire.receive(sock, wait=20).kind == wire.HELLO
@@ -263,6 +307,26 @@ def test_broken_frames_are_refused(raw, said):
         a.close()
         with pytest.raises(wire.WireError, match=said):
             wire.receive(b, wait=5, most=1000)
+
+
+def test_what_a_full_buffer_does_not_take_follows_whole():
+    """The thread that asks does not wait for a device that does not read; nothing comes in between."""
+    a, b = pair()
+    with a, b:
+        lost = []
+        line = Line(a, None, lambda sock, why: lost.append(why))
+        frames = [wire.Frame(kind=wire.ASK, number=n, payload=bytes([n]) * 3_000_000) for n in range(4)]
+        for frame in frames:
+            line.say(frame)  # nobody reads yet
+        assert [wire.receive(b, wait=20) for _ in frames] == frames
+        b.close()
+        for n in range(2):
+            line.say(wire.Frame(kind=wire.ASK, number=n))
+        until = time.monotonic() + 20
+        while not lost and time.monotonic() < until:
+            time.sleep(0.01)
+        assert lost
+        line.close()
 
 
 def test_a_frame_that_stalls_is_given_up():

@@ -31,7 +31,8 @@ class Device:
 
     name: unique. memory: bytes for weights. energy: joules that it may spend on the budget's images.
     joules_per_gflop: of the energy model. speed: FLOPs per second. rate: bytes per second of its link to the fusion
-    device, delay: seconds that a message takes on it, one way. core: the processor core that `deploy` pins it to;
+    device, delay: seconds that a message takes on it, one way. overhead: seconds that a request takes besides, such as
+    packing and waking; `Cluster.calibrated` measures it. core: the processor core that `deploy` pins it to;
     None: the next one.
     """
 
@@ -42,11 +43,14 @@ class Device:
     speed: float = 10e9
     rate: float = math.inf
     delay: float = 0.0
+    overhead: float = 0.0
     core: int | None = None
 
     def __post_init__(self) -> None:
         wrong = [
-            n for n in ("memory", "energy", "joules_per_gflop", "speed", "rate", "delay") if not getattr(self, n) >= 0
+            n
+            for n in ("memory", "energy", "joules_per_gflop", "speed", "rate", "delay", "overhead")
+            if not getattr(self, n) >= 0
         ]
         wrong += [n for n in ("speed", "rate") if getattr(self, n) == 0]
         if wrong:
@@ -195,5 +199,5 @@ def _why(loads: Sequence[Load], devices: Sequence[Device], budget: Budget) -> st
 
 
 def seconds(flops: float, sent: int, back: int, device: Device) -> float:
-    """The latency model of one device: FLOPs / speed + bytes / rate, and the delay of the link both ways."""
-    return flops / device.speed + (sent + back) / device.rate + 2 * device.delay
+    """The latency model of one device: FLOPs / speed + bytes / rate, the delay of the link both ways, overhead."""
+    return flops / device.speed + (sent + back) / device.rate + 2 * device.delay + device.overhead

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import secrets
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,12 +30,14 @@ from lynceus.core.errors import AdviceError, AdviceWarning, unknown
 from lynceus.core.report import Report
 from lynceus.rewrite.split.assign import Device
 from lynceus.rewrite.split.plan import Plan, read
+from lynceus.serve.edge.line import Line
+from lynceus.serve.edge.process import started
 from lynceus.serve.edge.wire import (
     ANSWER,
     ASK,
     ERROR,
     HELLO,
-    PING,
+    TRY,
     Frame,
     Link,
     WireError,
@@ -49,16 +48,16 @@ from lynceus.serve.edge.wire import (
     send,
     unpack,
 )
-from lynceus.serve.edge.worker import BATCH, TOKEN
+from lynceus.serve.edge.worker import BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeConfig:
     """How a cluster runs.
 
-    deadline: seconds that an answer may take. heartbeat: seconds between pings. patience: seconds without a sign of
-    life after which a device is lost. start: seconds that a process may take to be ready. shaped: messages take the
-    time of the devices' links (rate, delay). pinned: each process on a core of its own, as far as there are cores."""
+    deadline: seconds that an answer may take. heartbeat: seconds between signs of life. patience: seconds without one
+    after which a device is lost. start: seconds that a process may take to be ready. shaped: messages take the time of
+    the devices' links (rate, delay). pinned: each process on a core of its own, as far as there are cores."""
 
     deadline: float = 5.0
     heartbeat: float = 0.5
@@ -101,14 +100,21 @@ class _Asked:
 
     def __init__(self, waiting: set[str]):
         self.waiting = waiting
+        self.done = threading.Event()
         self.start = time.perf_counter()
         self.got: dict[str, dict[str, Tensor]] = {}
         self.times: dict[str, tuple[float, float]] = {}
         self.said: dict[str, str] = {}
 
+    def settle(self, name: str) -> None:
+        """Nothing more is to come from a device; the last one wakes who asked."""
+        self.waiting.discard(name)
+        if not self.waiting:
+            self.done.set()
+
 
 class _Node:
-    """One device: its process, its connection, and the threads that read and write it."""
+    """One device: its process and its connection."""
 
     def __init__(self, device: Device, core: int | None):
         self.device, self.core = device, core
@@ -116,9 +122,7 @@ class _Node:
         self.reason = ""
         self.seen = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.sock: socket.socket | None = None
-        self.outbox: queue.Queue[Frame | None] = queue.Queue()
-        self.turn = threading.Lock()
+        self.line: Line | None = None
         self.answered = 0
         self.lost = 0
 
@@ -137,7 +141,7 @@ class Cluster:
                 f"{', '.join(s.device for s in plan.shares)}; plan.save(FOLDER) first, or deploy(plan) alone."
             )
         self._token = secrets.token_hex(16)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._asked: dict[int, _Asked] = {}
         self._next = 0
         self._closed = False
@@ -183,28 +187,12 @@ class Cluster:
     def ask(self, image: Tensor, *, deadline: float | None = None, only: Sequence[str] | None = None) -> Answer:
         """Logits, and what each device did. image: at most 256. deadline: seconds, None for the configured. only: ask
         no other devices. AdviceError when no device answers at all."""
-        if image.ndim != 4 or tuple(image.shape[1:]) != self.plan.image_shape or not 1 <= len(image) <= BATCH:
-            shape = ", ".join(map(str, self.plan.image_shape))
-            raise AdviceError(f"This cluster takes images (1 to {BATCH}, {shape}), not {tuple(image.shape)}.")
-        if self._closed:
-            raise AdviceError("This cluster is closed; deploy(plan) starts another.")
+        self._check(image)
         limit = self.config.deadline if deadline is None else deadline
         wanted = list(self._nodes) if only is None else list(only)
         for name in wanted:
             self._node(name)
-        payload = pack({"image": image})
-        with self._changed:
-            self._next += 1
-            number = self._next
-            alive = [n for n in wanted if self._nodes[n].state == "up"]
-            asked = self._asked[number] = _Asked(set(alive))
-        start = asked.start
-        for name in alive:
-            self._nodes[name].outbox.put(Frame(kind=ASK, number=number, payload=payload))
-        with self._changed:
-            while asked.waiting and (left := start + limit - time.perf_counter()) > 0:
-                self._changed.wait(left)
-            del self._asked[number]
+        asked = self._said(ASK, pack({"image": image}), wanted, limit)
         missing = tuple(n for n in self._nodes if n not in asked.got)
         for name in missing:
             self._nodes[name].lost += name in wanted
@@ -217,10 +205,34 @@ class Cluster:
         return Answer(
             logits=logits,
             missing=missing,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - asked.start,
             devices=dict(asked.times),
             said=dict(asked.said),
         )
+
+    def _check(self, image: Tensor) -> None:
+        if image.ndim != 4 or tuple(image.shape[1:]) != self.plan.image_shape or not 1 <= len(image) <= BATCH:
+            shape = ", ".join(map(str, self.plan.image_shape))
+            raise AdviceError(f"This cluster takes images (1 to {BATCH}, {shape}), not {tuple(image.shape)}.")
+        if self._closed:
+            raise AdviceError("This cluster is closed; deploy(plan) starts another.")
+
+    def _said(self, kind: int, payload: bytes, names: Sequence[str], limit: float, *, shaped: bool = True) -> _Asked:
+        """Says the same to devices, all at once, and waits for their answers."""
+        asked = _Asked(set())
+        with self._lock:
+            self._next += 1
+            frame = Frame(kind=kind, number=self._next, payload=payload)
+            lines = {n: line for n in names if (line := self._nodes[n].line) is not None}
+            asked.waiting |= set(lines)
+            self._asked[frame.number] = asked
+        for line in lines.values():
+            line.say(frame, shaped=shaped)
+        if lines:
+            asked.done.wait(max(asked.start + limit - time.perf_counter(), 0))
+        with self._lock:
+            del self._asked[frame.number]
+        return asked
 
     def _fuse(self, count: int, got: dict[str, dict[str, Tensor]]) -> Tensor:
         fusion, found = self.plan.net.fusion, {k: v for part in got.values() for k, v in part.items()}
@@ -291,16 +303,7 @@ class Cluster:
             each[name] = statistics.median(
                 self.ask(image, only=[name]).devices[name][0] for _ in range(max(repeats, 1))
             )
-        got = {
-            name: {f"feature.{i}": torch.zeros(len(image), self.plan.net.fusion.widths[i]) for i in self.plan.on(name)}
-            for name in each
-        }
-        spans = []
-        for _ in range(max(repeats, 5)):
-            start = time.perf_counter()
-            self._fuse(len(image), got)
-            spans.append(time.perf_counter() - start)
-        fusion = statistics.median(spans)
+        fusion = self._fusing(len(image), repeats)
         if self.shared:
             wall = max(each.values()) + fusion
         else:
@@ -309,17 +312,36 @@ class Cluster:
         return Timed(wall=wall, simulated=self.shared, device=each, fusion=fusion, predicted=predicted)
 
     def calibrated(self, image: Tensor, *, repeats: int = 20) -> Plan:
-        """The plan with measured speeds: each device alone computes `image` `repeats` times, the median counts; the
-        fusion likewise."""
-        speeds = {}
-        for name in self.alive:
-            took = statistics.median(self.ask(image, only=[name]).devices[name][1] for _ in range(repeats))
-            speeds[name] = len(image) * sum(self.plan.shares[i].flops for i in self.plan.on(name)) / took
-        made = self.plan.with_devices(
-            replace(d, speed=speeds[d.name]) if d.name in speeds else d for d in self.plan.devices
-        )
-        fusion = self.timed(image, repeats=1).fusion
-        return replace(made, fusion_speed=len(image) * self.plan.fusion_flops / fusion)
+        """The plan with measured speeds, as they are in use: all devices compute `image` at once, since they share
+        memory and caches (one by one where they share cores), and each one's median of `repeats` counts. `overhead`
+        is what a request took besides, the links' shapes left out. The fusion likewise."""
+        turns = [[n] for n in self.alive] if self.shared else [self.alive]
+        self._check(image)
+        payload = pack({"image": image})
+        spans: dict[str, list[tuple[float, float]]] = {}
+        for names in turns * max(repeats, 1):
+            for name, span in self._said(TRY, payload, names, self.config.deadline, shaped=False).times.items():
+                spans.setdefault(name, []).append(span)
+        devices = []
+        for d in self.plan.devices:
+            if d.name in spans:
+                flops = len(image) * sum(self.plan.shares[i].flops for i in self.plan.on(d.name))
+                computed = statistics.median(c for _, c in spans[d.name])
+                overhead = statistics.median(there - c for there, c in spans[d.name])
+                d = replace(d, speed=flops / computed, overhead=overhead)
+            devices.append(d)
+        speed = len(image) * self.plan.fusion_flops / self._fusing(len(image), repeats)
+        return replace(self.plan.with_devices(devices), fusion_speed=speed)
+
+    def _fusing(self, count: int, repeats: int) -> float:
+        """Seconds that the fusion takes, median."""
+        got = {"": {f"feature.{i}": torch.zeros(count, width) for i, width in enumerate(self.plan.net.fusion.widths)}}
+        spans = []
+        for _ in range(max(repeats, 5)):
+            start = time.perf_counter()
+            self._fuse(count, got)
+            spans.append(time.perf_counter() - start)
+        return statistics.median(spans)
 
     # life ----------------------------------------------------------------------------------------
     def __enter__(self) -> Cluster:
@@ -372,20 +394,15 @@ class Cluster:
     def _begin(self, node: _Node) -> None:
         """Starts the process of a device and connects to it."""
         d, name = node.device, node.device.name
-        command = [sys.executable, "-m", "lynceus.serve.edge", str(self.folder), name]
-        if node.core is not None:
-            command += ["--core", str(node.core)]
-        if self.config.shaped:
-            command += ["--rate", repr(d.rate), "--delay", repr(d.delay)]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        node.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads, TOKEN: self._token}
+        link = Link(rate=d.rate, delay=d.delay) if self.config.shaped else Link()
+        node.process, port = started(
+            self.folder, name, token=self._token, core=node.core, link=link, seconds=self.config.start
         )
-        port = _port(node.process, self.config.start)
         sock = quiet(socket.create_connection(("127.0.0.1", port), timeout=5.0))
         sock.settimeout(None)
+        hello = {"token": self._token, "beat": self.config.heartbeat}
         try:
-            send(sock, Frame(kind=HELLO, payload=json.dumps({"token": self._token}).encode()))
+            send(sock, Frame(kind=HELLO, payload=json.dumps(hello).encode()))
             told = said(receive(sock, wait=5.0, most=4096).payload)
             if told.get("device") != name or told.get("parts") != self.plan.on(name):
                 raise WireError(f"it holds {told.get('parts')} of {told.get('device')}, not {self.plan.on(name)}")
@@ -393,23 +410,10 @@ class Cluster:
             sock.close()
             node.process.kill()
             raise
-        node.sock, node.outbox, node.seen, node.reason = sock, queue.Queue(), time.monotonic(), ""
-        link = Link(rate=d.rate, delay=d.delay) if self.config.shaped else None
+        with self._lock:
+            node.seen, node.reason, node.state = time.monotonic(), "", "up"
+            node.line = Line(sock, link if link.shaped else None, lambda sock, why: self._lose(node, why, sock))
         threading.Thread(target=self._read, args=(node, sock), daemon=True).start()
-        threading.Thread(target=self._write, args=(node, sock, node.outbox, link), daemon=True).start()
-        with self._changed:
-            node.state = "up"
-            self._changed.notify_all()
-
-    def _write(self, node: _Node, sock: socket.socket, outbox: queue.Queue[Frame | None], link: Link | None) -> None:
-        try:
-            while (frame := outbox.get()) is not None:
-                if link is not None:
-                    link.wait(len(frame))
-                with node.turn:
-                    send(sock, frame)
-        except OSError as error:
-            self._lose(node, str(error), sock)
 
     def _read(self, node: _Node, sock: socket.socket) -> None:
         name = node.device.name
@@ -420,11 +424,11 @@ class Cluster:
                 if frame.kind == ANSWER:
                     self._take(node, frame)
                 elif frame.kind == ERROR:
-                    with self._changed:
-                        if frame.number in self._asked:
-                            self._asked[frame.number].said[name] = frame.payload.decode(errors="replace")
-                            self._asked[frame.number].waiting.discard(name)
-                        self._changed.notify_all()
+                    with self._lock:
+                        asked = self._asked.get(frame.number)
+                        if asked is not None and name in asked.waiting:
+                            asked.said[name] = frame.payload.decode(errors="replace")
+                            asked.settle(name)
         except OSError as error:
             self._lose(node, str(error), sock)
 
@@ -436,53 +440,41 @@ class Cluster:
             v.ndim != 2 or v.shape[1] != widths[int(k.partition(".")[2])] for k, v in found.items()
         ):
             raise WireError("its features are not those of the plan")
-        with self._changed:
+        with self._lock:
             asked = self._asked.get(frame.number)
             if asked is not None and name in asked.waiting:  # later than the deadline, it is dropped
                 asked.got[name] = found
                 asked.times[name] = (time.perf_counter() - asked.start, took)
-                asked.waiting.discard(name)
+                asked.settle(name)
                 node.answered += 1
-                self._changed.notify_all()
 
     def _lose(self, node: _Node, reason: str, sock: socket.socket | None = None) -> None:
         """Marks a device as lost; whoever waits for it waits no longer."""
-        with self._changed:
-            if sock is not None and node.sock is not sock:
+        with self._lock:
+            if sock is not None and (node.line is None or node.line.sock is not sock):
                 return  # an older connection, or one that is lost already
             was, node.state, node.reason = node.state, "lost", reason
-            if node.sock is not None:
+            if node.line is not None:
                 with suppress(OSError):
-                    node.sock.shutdown(socket.SHUT_RDWR)
-                node.sock.close()
-                node.sock = None
-            node.outbox.put(None)
+                    node.line.sock.shutdown(socket.SHUT_RDWR)
+                node.line.sock.close()
+                node.line.close()
+                node.line = None
             for asked in self._asked.values():
-                asked.waiting.discard(node.device.name)
+                asked.settle(node.device.name)
             if was == "up" and not self._closed and reason != "restarted":
                 code = node.process.poll() if node.process is not None else None
                 ended = f", its process ended with {code}" if code is not None else ""
                 self.losses.append(f"{time.strftime('%H:%M:%S')} lost {node.device.name}: {reason}{ended}.")
-            self._changed.notify_all()
 
     def _beat(self) -> None:
+        """Devices say by themselves that they live; who has been silent for too long is lost."""
         while not self._closed:
             time.sleep(self.config.heartbeat)
             for node in list(self._nodes.values()):
-                sock = node.sock
-                if node.state != "up" or sock is None:
-                    continue
-                if time.monotonic() - node.seen > self.config.patience:
-                    self._lose(node, f"no sign of life for {self.config.patience:g} s", sock)
-                    continue
-                if not node.turn.acquire(blocking=False):
-                    continue  # a message is on its way
-                try:
-                    send(sock, Frame(kind=PING))
-                except OSError as error:
-                    self._lose(node, str(error), sock)
-                finally:
-                    node.turn.release()
+                line = node.line
+                if line is not None and time.monotonic() - node.seen > self.config.patience:
+                    self._lose(node, f"no sign of life for {self.config.patience:g} s", line.sock)
 
 
 def deploy(plan: Plan, *, folder: str | Path | None = None, config: EdgeConfig | None = None) -> Cluster:
@@ -500,23 +492,3 @@ def deploy(plan: Plan, *, folder: str | Path | None = None, config: EdgeConfig |
         raise
     made._temporary = temporary
     return made
-
-
-def _port(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """The port in the one line that a worker prints when it is ready."""
-    got: queue.Queue[bytes] = queue.Queue()
-    assert process.stdout is not None
-    threading.Thread(target=lambda: got.put(process.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
-    try:
-        line = got.get(timeout=seconds)
-    except queue.Empty:
-        process.kill()
-        raise AdviceError(
-            f"its process was not ready after {seconds:g} s; EdgeConfig(start=) gives it longer."
-        ) from None
-    if not line:
-        raise AdviceError(f"its process ended with {process.wait()} before it was ready; its messages stand above.")
-    told: dict[str, Any] = json.loads(line)
-    if "port" not in told:
-        raise AdviceError(str(told.get("error", told)))
-    return int(told["port"])

@@ -24,7 +24,8 @@ MAGIC = b"LYN1"
 HEADER = struct.Struct("!4sBQI")
 MOST = 64 * 2**20  # bytes of a payload
 STALL = 10.0  # seconds
-HELLO, ASK, ANSWER, PING, PONG, ERROR = range(1, 7)
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0) if hasattr(socket.socket, "sendmsg") else 0
+HELLO, ASK, ANSWER, TRY, BEAT, ERROR = range(1, 7)  # TRY: an ASK whose answer leaves at once on a shaped link too
 
 
 class WireError(ConnectionError):
@@ -48,6 +49,10 @@ class Link:
     rate: float = math.inf  # bytes per second
     delay: float = 0.0
 
+    @property
+    def shaped(self) -> bool:
+        return self.delay > 0 or self.rate < math.inf
+
     def wait(self, count: int) -> None:
         seconds = self.delay + count / self.rate
         if seconds > 0:
@@ -56,11 +61,25 @@ class Link:
 
 def send(sock: socket.socket, frame: Frame, link: Link | None = None, *, most: int = MOST) -> None:
     """Writes a frame; over a shaped link after the time that it takes there."""
-    if len(frame.payload) > most:
-        raise WireError(f"a message of {len(frame.payload):,} bytes is above the limit of {most:,}")
     if link is not None:
         link.wait(len(frame))
-    sock.sendall(HEADER.pack(MAGIC, frame.kind, frame.number, len(frame.payload)) + frame.payload)
+    left = begun(sock, frame, most=most)
+    if left:
+        sock.sendall(left)
+
+
+def begun(sock: socket.socket, frame: Frame, *, most: int = MOST) -> bytes:
+    """Writes as much of a frame as leaves without waiting, and returns the rest."""
+    if len(frame.payload) > most:
+        raise WireError(f"a message of {len(frame.payload):,} bytes is above the limit of {most:,}")
+    head = HEADER.pack(MAGIC, frame.kind, frame.number, len(frame.payload))
+    if not DONTWAIT:
+        return head + frame.payload
+    try:
+        sent = sock.sendmsg([head, frame.payload], [], DONTWAIT)
+    except BlockingIOError:
+        sent = 0
+    return head[sent:] + frame.payload if sent < len(head) else frame.payload[sent - len(head) :]
 
 
 def receive(sock: socket.socket, *, wait: float | None = None, most: int = MOST, stall: float = STALL) -> Frame:
@@ -68,11 +87,11 @@ def receive(sock: socket.socket, *, wait: float | None = None, most: int = MOST,
     long or broken off. The socket must be a blocking one; it stays so, since others write to it meanwhile."""
     if wait is not None and not _ready(sock, wait):
         raise WireError(f"nothing came within {wait:g} s")
-    first = sock.recv(1)
-    if not first:
+    head = sock.recv(HEADER.size)  # mostly all of it; waits for the first byte only
+    if not head:
         raise WireError("the other side closed the connection")
     until = time.monotonic() + stall
-    magic, kind, number, length = HEADER.unpack(first + _exactly(sock, HEADER.size - 1, until))
+    magic, kind, number, length = HEADER.unpack(head + _exactly(sock, HEADER.size - len(head), until))
     if magic != MAGIC or not HELLO <= kind <= ERROR:
         raise WireError("what came is no frame of lynceus")
     if length > most:
@@ -84,9 +103,14 @@ def _exactly(sock: socket.socket, count: int, until: float) -> bytes:
     out = bytearray(count)
     view, got = memoryview(out), 0
     while got < count:
-        if not _ready(sock, until - time.monotonic()):
-            raise WireError(f"a message broke off after {got} of {count} bytes")
-        n = sock.recv_into(view[got:])
+        try:
+            if not DONTWAIT and not _ready(sock, until - time.monotonic()):
+                raise BlockingIOError
+            n = sock.recv_into(view[got:], 0, DONTWAIT)
+        except BlockingIOError:
+            if not _ready(sock, until - time.monotonic()):
+                raise WireError(f"a message broke off after {got} of {count} bytes") from None
+            continue
         if not n:
             raise WireError(f"the connection was closed after {got} of {count} bytes")
         got += n
@@ -108,7 +132,8 @@ def pack(tensors: dict[str, Tensor]) -> bytes:
     """Tensors as safetensors."""
     from safetensors.torch import save
 
-    return bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+    made: bytes = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return made
 
 
 def unpack(payload: bytes) -> dict[str, Tensor]:

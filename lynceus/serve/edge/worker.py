@@ -12,7 +12,6 @@ import argparse
 import hmac
 import json
 import os
-import queue
 import socket
 import sys
 import threading
@@ -22,7 +21,6 @@ from typing import Any
 
 TOKEN = "LYNCEUS_EDGE_TOKEN"
 BATCH = 256  # images in one request
-WAITING = 16  # requests that may wait
 
 
 class Worker:
@@ -48,8 +46,8 @@ class Worker:
         from lynceus.core.types import as_float
         from lynceus.serve.edge.wire import checked_image, pack, unpack
 
-        image = as_float(checked_image(unpack(payload), self.shape, BATCH))
         start = time.perf_counter()
+        image = as_float(checked_image(unpack(payload), self.shape, BATCH))
         with torch.inference_mode():
             out = {
                 f"feature.{i}": part(image.to(next(part.parameters()).dtype))
@@ -76,14 +74,16 @@ def serve(worker: Worker, listener: socket.socket, token: str, link: Any) -> Non
 
 
 def _talk(worker: Worker, sock: socket.socket, token: str, link: Any) -> None:
+    """One connection. This thread reads and computes, so that a request wakes nobody else; another says meanwhile that
+    the process lives."""
     from lynceus.core.errors import AdviceError
     from lynceus.serve.edge.wire import (
         ANSWER,
         ASK,
+        BEAT,
         ERROR,
         HELLO,
-        PING,
-        PONG,
+        TRY,
         Frame,
         WireError,
         quiet,
@@ -92,53 +92,48 @@ def _talk(worker: Worker, sock: socket.socket, token: str, link: Any) -> None:
         send,
     )
 
-    turn = threading.Lock()  # answers and pongs leave one at a time
-    asked: queue.Queue[Frame | None] = queue.Queue(WAITING)
+    turn = threading.Lock()  # frames leave one at a time
+    over = threading.Event()
 
-    def say(frame: Frame, over: Any = None) -> None:
-        if over is not None:
-            over.wait(len(frame))
+    def say(frame: Frame) -> None:
         with turn:
             send(sock, frame)
 
-    def work() -> None:
-        while (frame := asked.get()) is not None:
-            try:
-                say(Frame(kind=ANSWER, number=frame.number, payload=worker.features(frame.payload)), link)
-            except (AdviceError, WireError, RuntimeError) as error:
-                if isinstance(error, OSError) and not isinstance(error, WireError):
-                    return
-                try:
-                    say(Frame(kind=ERROR, number=frame.number, payload=str(error).encode()[:2000]))
-                except OSError:
-                    return
-            except OSError:
-                return
+    def beat(seconds: float) -> None:
+        with suppress(OSError):
+            while not over.wait(seconds):
+                say(Frame(kind=BEAT))
 
     try:
         with quiet(sock):
             hello = receive(sock, wait=5.0, most=4096)
-            if hello.kind != HELLO or not hmac.compare_digest(str(said(hello.payload).get("token", "")), token):
+            if hello.kind != HELLO:
+                return
+            asked = said(hello.payload)
+            if not hmac.compare_digest(str(asked.get("token", "")), token):
                 return
             about = {"device": worker.device, "parts": worker.numbers, "pid": os.getpid()}
             say(Frame(kind=HELLO, payload=json.dumps(about).encode()))
-            threading.Thread(target=work, daemon=True).start()
+            every = asked.get("beat")
+            if isinstance(every, (int, float)) and 0.01 <= every <= 3600:
+                threading.Thread(target=beat, args=(every,), daemon=True).start()
             while True:
                 frame = receive(sock)
-                if frame.kind == PING:
-                    say(Frame(kind=PONG, number=frame.number))
-                elif frame.kind == ASK:
+                if frame.kind in (ASK, TRY):
                     try:
-                        asked.put_nowait(frame)
-                    except queue.Full:
-                        say(Frame(kind=ERROR, number=frame.number, payload=b"too many requests wait here"))
+                        answer = Frame(kind=ANSWER, number=frame.number, payload=worker.features(frame.payload))
+                    except (AdviceError, WireError, RuntimeError) as error:
+                        say(Frame(kind=ERROR, number=frame.number, payload=str(error).encode()[:2000]))
+                        continue
+                    if frame.kind == ASK:
+                        link.wait(len(answer))
+                    say(answer)
                 else:
                     return
     except OSError:
         return
     finally:
-        with suppress(queue.Full):
-            asked.put_nowait(None)
+        over.set()
 
 
 def main(argv: list[str] | None = None) -> int:
