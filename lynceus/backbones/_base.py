@@ -214,6 +214,18 @@ class Backbone(nn.Module):
             return checkpoint(block, x, *args, use_reentrant=False)
         return block(x, *args)
 
+    def run_group(
+        self, blocks: Sequence[nn.Module], x: Tensor, group: int, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The blocks of group `group`, one after another; a rewrite may run some of them on fewer tokens.
+
+        x: a map b h w c; or, with its `size`, tokens b n c that end with it and begin with extra ones.
+        """
+        place = () if size is None else (size,)
+        for block in blocks:
+            x = self.run_block(block, x, *place)
+        return x
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that put every parameter into a depth group (timm's layer decay)."""
         raise NotImplementedError(f"{type(self).__name__} must write group_matcher")

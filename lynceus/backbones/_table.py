@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "plain_mamba": "lynceus.backbones.plain_mamba",
     "resnas": "lynceus.backbones.resnas",
     "resnet": "lynceus.backbones.resnet",
+    "sam_vit": "lynceus.backbones.sam_vit",
     "soft": "lynceus.backbones.soft",
     "spartan": "lynceus.backbones.spartan",
     "swin": "lynceus.backbones.swin",

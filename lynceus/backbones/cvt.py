@@ -203,8 +203,7 @@ class CvT(Backbone):
             if stage.cls_token is not None:
                 out, size = torch.cat([stage.cls_token.expand(b, -1, -1), out.flatten(1, 2)], 1), (h, w)
             out = stage.pos_drop(out)
-            for block in stage.blocks:
-                out = self.run_block(block, out, *(() if size is None else (size,)))
+            out = self.run_group(list(stage.blocks), out, i, size)
             x = (out if size is None else out[:, 1:].reshape(b, h, w, c)).permute(0, 3, 1, 2)
             maps.append(x)
         return maps, out

@@ -267,18 +267,14 @@ class ResNAS(Backbone):
         stop: end with the last wanted stage.
         """
         x, size = self.embed(image)
-        ends = {self.ends[i]: i for i in wanted}
-        kept = {ends[-1]: (x, size)} if -1 in ends else {}
-        last = max(ends, default=-1) if stop else len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            if i > last:
-                break
-            if isinstance(block, Reduction):
-                x, size = block(x, size), ((size[0] + 1) // 2, (size[1] + 1) // 2)
-            elif isinstance(block, MixerBlock):
-                x = self.run_block(block, x, size)
-            if i in ends:
-                kept[ends[i]] = (x, size)
+        kept = []
+        last = max(wanted, default=0) if stop else len(self.ends) - 1
+        for i in range(last + 1):
+            parts = list(self.blocks[self.ends[i - 1] + 1 if i else 0 : self.ends[i] + 1])
+            if i:
+                x, size = parts.pop(0)(x, size), ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            x = self.run_group([p for p in parts if isinstance(p, MixerBlock)], x, i, size)
+            kept.append((x, size))
         return x, [kept[i] for i in wanted]
 
     def _maps(self, found: list[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:

@@ -205,12 +205,10 @@ class Soft(Backbone):
             blocks = self.get_submodule(f"block{i + 1}")
             if i == len(self.config.dims) - 1:
                 tokens, size = self._tokens(x)
-                for block in blocks.children():
-                    tokens = self.run_block(block, tokens, size)
+                tokens = self.run_group(list(blocks.children()), tokens, i, size)
                 return [*maps, to_map(tokens[:, 1:], *size)], tokens
             x = self.embed(x, i)
-            for block in blocks.children():
-                x = self.run_block(block, x)
+            x = self.run_group(list(blocks.children()), x, i)
             x = x.permute(0, 3, 1, 2)
             maps.append(x)
         return maps, None

@@ -236,8 +236,7 @@ class WindowPyramid(Backbone):
         x = self.pos_drop(x)
         maps = []
         for i, stage in enumerate(cast(Iterable[WindowStage], self.layers)):
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = self.run_group(list(stage.blocks), x, i)
             if i in self.config.levels:
                 out = x.permute(0, 3, 1, 2)
                 maps.append(getattr(self, f"norm{i}")(out) if self.config.dense else out)

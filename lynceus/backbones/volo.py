@@ -197,19 +197,23 @@ class VOLO(Backbone):
     def run(self, x: Float[Tensor, "b h w c"], last: int | None = None) -> list[Float[Tensor, "b hi wi ci"]]:
         """The maps leaving the groups 0 .. `last` (None: all), from the map of fine tokens."""
         maps = []
-        stop = self.ends[len(self.ends) - 1 if last is None else last]
-        for i, part in enumerate(self.network):
-            if i > stop:
-                break
-            if i == 2:
-                x = self.pos_drop(x + self._position(x.shape[1], x.shape[2]))
-            if i not in self.ends:
-                x = part(x)
-                continue
-            for block in part:  # type: ignore[attr-defined]
-                x = self.run_block(block, x)
+        for i in range(len(self.ends) if last is None else last + 1):
+            x = self.run_group(self.blocks_of(i), self.entered(x, i), i)
             maps.append(x)
         return maps
+
+    def blocks_of(self, group: int) -> list[nn.Module]:
+        return list(self.network[self.ends[group]].children())
+
+    def entered(self, x: Float[Tensor, "b h w c"], group: int) -> Float[Tensor, "b H W d"]:
+        """What enters the blocks of a group, from what left the one before: downsampled and with positions, where its
+        place says so."""
+        for i in range(self.ends[group - 1] + 1 if group else 0, self.ends[group] + 1):
+            if i == 2:
+                x = self.pos_drop(x + self._position(x.shape[1], x.shape[2]))
+            if i < self.ends[group]:
+                x = self.network[i](x)
+        return x
 
     def _position(self, height: int, width: int) -> Float[Tensor, "1 h w c"]:
         table = resize_position(self.pos_embed.flatten(1, 2), self.config.grid, (height, width), antialias=False)

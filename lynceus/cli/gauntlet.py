@@ -25,6 +25,7 @@ NANOS = (  # one of every family; written out, since help must not import torch
     "plain_mamba_nano",
     "resnas_nano",
     "resnet_nano",
+    "sam_vit_nano",
     "soft_nano",
     "spartan_nano",
     "swin_nano",

@@ -53,3 +53,11 @@ def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 def to_map(x: Float[Tensor, "b n c"], height: int, width: int) -> Float[Tensor, "b c h w"]:
     """The reverse of `to_tokens`; the grid is given, never guessed from n."""
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
+
+
+def pooling_matrix(size: int, count: int, like: Tensor) -> Float[Tensor, "m n"]:
+    """Adaptive average pooling of a line of `size` places to `count` cells, as a matrix of the type of `like`."""
+    place = torch.arange(size, device=like.device)
+    cell = torch.arange(count, device=like.device)[:, None]
+    inside = (place >= cell * size // count) & (place < ((cell + 1) * size + count - 1) // count)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.shapes import pooling_matrix
 from lynceus.layers.fused import fusable, linear
 from lynceus.layers.mixers import Place
 
@@ -54,7 +56,7 @@ class GatedPositionAttention(nn.Module):
         self.pos_proj = nn.Linear(3, heads)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(heads))
-        self._kept: tuple[tuple[int, int, torch.dtype], tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
+        self._kept: tuple[Any, tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
         for layer in (self.qk, self.v, self.proj, self.pos_proj):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
@@ -75,28 +77,36 @@ class GatedPositionAttention(nn.Module):
         self.pos_proj.weight.mul_(self.locality)
 
     # position ---------------------------------------------------------------------------------------
-    def position(self, height: int, width: int) -> tuple[Float[Tensor, "g h h"], Float[Tensor, "g w w"]]:
+    def position(
+        self, height: int, width: int, of: tuple[int, int] | None = None
+    ) -> tuple[Float[Tensor, "g h h"], Float[Tensor, "g w w"]]:
         """Positional attention over rows and over columns, at least float32; their product is that over cells.
+
+        of: rows and columns of a finer map that the cells are averages of (None: none). A cell then asks as its parts
+        do on average, and gets the sum of what they get.
 
         Elementwise on purpose: squared distances are too large for half precision, in which autocast would multiply.
         """
         weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in self.pos_proj.parameters())
         across, down, square = (w[:, None, None] for w in weight.unbind(1))
-        y, x = (_offsets(n, like=weight) for n in (height, width))
+        y, x = (_offsets(n, like=weight) for n in of or (height, width))
         rows = (down * y + square * y * y + bias[:, None, None]).softmax(-1)
-        return rows, (across * x + square * x * x).softmax(-1)
+        columns = (across * x + square * x * x).softmax(-1)
+        if of is not None and of != (height, width):
+            rows, columns = _coarser(rows, height), _coarser(columns, width)
+        return rows, columns
 
     @property
     def gate(self) -> Float[Tensor, " g"]:
         """Share of position in the attention of each head, in [0, 1]."""
         return torch.sigmoid(self.gating_param)
 
-    def attention(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b g n n"]:
+    def attention(self, x: Float[Tensor, "b h w c"], of: tuple[int, int] | None = None) -> Float[Tensor, "b g n n"]:
         """The attention of every cell to every cell, as one table: for inspection, and for dropout of its entries."""
         b, h, w, _ = x.shape
         q, k = self._heads(linear(self.qk, x), b, h * w, 2)
         content = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
-        rows, columns = self.position(h, w)
+        rows, columns = self.position(h, w, of)
         position = torch.einsum("gyv,gxu->gyxvu", rows, columns).reshape(self.heads, h * w, h * w).to(x.dtype)
         gate = self.gate.to(x.dtype)[:, None, None]
         mixed = (1 - gate) * content + gate * position
@@ -105,44 +115,51 @@ class GatedPositionAttention(nn.Module):
     def _heads(self, x: Tensor, b: int, n: int, parts: int) -> tuple[Tensor, ...]:
         return x.reshape(b, n, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _gated(self, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _gated(self, size: tuple[int, int], of: tuple[int, int] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`position`, the gate already in the second factor."""
-        rows, columns = self.position(height, width)
+        rows, columns = self.position(*size, of)
         return rows.to(dtype), (columns * self.gate.to(columns.dtype)[:, None, None]).to(dtype)
 
-    def _gated_kept(self, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same, from last time if the size and every number that it comes from are still equal."""
-        key, kept = (height, width, dtype), self._kept
+    def _gated_kept(
+        self, size: tuple[int, int], of: tuple[int, int] | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same, from last time if the sizes and every number that it comes from are still equal."""
+        key, kept = (size, of, dtype), self._kept
         sources = (self.pos_proj.weight, self.gating_param)
         if kept is not None and kept[0] == key and all(torch.equal(a, b) for a, b in zip(kept[1], sources)):
             return kept[2]
-        made = self._gated(height, width, dtype)
+        made = self._gated(size, of, dtype)
         self._kept = (key, tuple(p.detach().clone() for p in sources), made)
         return made
 
-    def _apply_position(self, v: Float[Tensor, "b h w c"]) -> Float[Tensor, "b n g d"]:
+    def _apply_position(
+        self, v: Float[Tensor, "b h w c"], of: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n g d"]:
         """gate * (positional attention @ v): first along columns of the map, then along its rows."""
         b, h, w, c = v.shape
         g, d = self.heads, c // self.heads
         lean = fusable(v) and not self.training
-        rows, columns = self._gated_kept(h, w, v.dtype) if lean else self._gated(h, w, v.dtype)
+        rows, columns = (self._gated_kept if lean else self._gated)((h, w), of, v.dtype)
         x = v.reshape(b, h, w, g, d).permute(3, 1, 0, 2, 4).reshape(g, h, b * w * d)
         x = torch.bmm(rows, x).view(g, h, b, w, d).permute(0, 3, 1, 2, 4).reshape(g, w, h * b * d)
         x = torch.bmm(columns, x).view(g, w, h, b, d).permute(3, 2, 1, 0, 4)
         return x.reshape(b, h * w, g, d)
 
-    def forward(self, x: Float[Tensor, "b h w c"], residual: Tensor | None = None) -> Float[Tensor, "b h w c"]:
-        """residual: added to the result, inside the last kernel where that is possible."""
+    def forward(
+        self, x: Float[Tensor, "b h w c"], of: tuple[int, int] | None = None, *, residual: Tensor | None = None
+    ) -> Float[Tensor, "b h w c"]:
+        """of: rows and columns of the map that the cells of x are averages of; None: x is that map. residual: added to
+        the result, inside the last kernel where that is possible."""
         b, h, w, c = x.shape
         v = linear(self.v, x)
         if self.training and self.attn_drop > 0:
-            attention = F.dropout(self.attention(x), self.attn_drop)
+            attention = F.dropout(self.attention(x, of), self.attn_drop)
             x = (attention @ self._heads(v, b, h * w, 1)[0]).transpose(1, 2)
         else:
             q, k = self._heads(linear(self.qk, x), b, h * w, 2)
             content = F.scaled_dot_product_attention(q, k, self._heads(v, b, h * w, 1)[0], scale=self.scale)
             content = content.transpose(1, 2)
-            x = torch.addcmul(self._apply_position(v), content, (1 - self.gate).to(v.dtype)[:, None])
+            x = torch.addcmul(self._apply_position(v, of), content, (1 - self.gate).to(v.dtype)[:, None])
         x = x.reshape(b, h, w, c)
         if self.training and self.proj_drop.p > 0:
             x = self.proj_drop(self.proj(x))
@@ -164,6 +181,14 @@ def _offsets(n: int, *, like: Tensor) -> Float[Tensor, "n n"]:
     """Entry (i, j): steps from place i to place j of a line."""
     place = torch.arange(n, device=like.device).to(like.dtype)
     return place - place[:, None]
+
+
+def _coarser(attention: Float[Tensor, "g n n"], count: int) -> Float[Tensor, "g m m"]:
+    """Attention between places of a line, for `count` adaptive averages of them: mean over those that ask, sum over
+    those that answer. A place that lies in two cells counts half in each."""
+    asking = pooling_matrix(attention.shape[-1], count, attention)
+    inside = (asking > 0).to(attention.dtype)
+    return asking @ attention @ (inside / inside.sum(0)).t()
 
 
 def distances(height: int, width: int, *, device: torch.device | None = None) -> Float[Tensor, "n n"]:

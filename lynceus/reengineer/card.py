@@ -27,6 +27,7 @@ from lynceus.reengineer.parity import FAMILIES, check_record, read_record
 
 CHECKED = ("record", "reference", "outputs", "largest difference / std", "tolerance", "verdict")
 COUNTED = ("variant", "parameters claimed", "parameters measured", "MACs claimed (G)", "MACs measured (G)", "remark")
+BESIDE = {"sam_vit": ["expedite"]}  # records of a rewrite that hold the network of a family
 REQUIRED = ("title", "source", "licence", "checked", "counts", "metrics", "deviations", "data", "use", "date")
 
 
@@ -89,7 +90,8 @@ class Card:
 
 def slugs(family: str) -> list[str]:
     """The names under which records speak of one of our families, e.g. "swin-v2" for swin_v2."""
-    return [slug for slug, module in FAMILIES.items() if module.rpartition(".")[2] == family]
+    own = [slug for slug, module in FAMILIES.items() if module.rpartition(".")[2] == family]
+    return own + BESIDE.get(family, [])
 
 
 def card(
@@ -115,7 +117,8 @@ def card(
     }
     if checkpoint is not None:
         source["checkpoint"] = f"{Path(checkpoint).name}, sha256 {sha256(checkpoint)}"
-    checked = [_checked(p) for p in records if read_record(p)["family"] in slugs(family)]
+    mine = [p for p in records if read_record(p)["family"] in slugs(family)]
+    checked = [_checked(p) for p in mine if "cases" not in read_record(p)]  # cases are of operators, not of networks
     counts = [_counted(family, v, claims["counts"][v], claims["macs_note"]) for v in variants or claims["counts"]]
     metrics = []
     for variant, claimed in (claims["metrics"] or {"all": None}).items():

@@ -347,6 +347,26 @@ CLAIMS: dict[str, dict[str, Any]] = {
             "The activation of H0 to H7 is settled by no source: ReLU, and an option.",
         ],
     },
+    "sam_vit": {
+        "paper": "Segment Anything, ICCV 2023, arXiv 2304.02643",
+        "code": "facebookresearch/segment-anything; records of Expedit-LargeScale-Vision-Transformer/Expedit-SAM",
+        "licence": "Apache-2.0",
+        "counts": {
+            "sam_vit_b": (89_670_912, None),
+            "sam_vit_l": (308_278_272, None),
+            "sam_vit_h": (637_026_048, None),
+        },
+        "macs_note": "",
+        "metrics": {},
+        "metrics_note": "an encoder of masks: the paper claims no accuracy of classification",
+        "deviations": [
+            "Any size: images are padded to whole patches, and both kinds of tables are resized; the reference takes "
+            "the size that it was built for.",
+            "Maps of the blocks in `levels` come before that of the neck, and a classifier on the neck's mean is an "
+            "option; the reference gives the neck's map alone.",
+            "init='scratch' is ours; tables of relative places start at zero in both.",
+        ],
+    },
     "soft": {
         "paper": "Softmax-free Linear Transformers, IJCV 2024, arXiv 2207.03341; SOFT, NeurIPS 2021, arXiv 2110.11945",
         "code": "fudan-zvg/SOFT@d3febc335775",

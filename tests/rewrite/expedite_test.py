@@ -1,6 +1,7 @@
 """Expedite: clustering and reconstruction around a span of blocks, in ViT, Swin, SAM's encoder and timm's ViT."""
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lynceus
+from lynceus.backbones.sam_vit import SamViT, SamViTConfig
 from lynceus.backbones.vit import ViT, ViTConfig
 from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError
 from lynceus.core.nouns import chain
-from lynceus.rewrite.expedite import Expedite, SamViT, SamViTConfig, cluster, naive_unpool, reconstruction_weights
+from lynceus.layers.gated_position import GatedPositionAttention
+from lynceus.rewrite.expedite import Expedite, cluster, naive_unpool, reconstruction_weights
 from lynceus.rewrite.expedite.operators import Near, allowed, cells, means, squared_distances
 from lynceus.rewrite.swap import Swap
 from lynceus.tasks.classify import Classify
@@ -45,6 +48,16 @@ def zoo(name):
     return lynceus.create_model(name, num_classes=5).eval()
 
 
+def lively(name, **changes):
+    """Branches that start at nothing would hide a fault."""
+    torch.manual_seed(0)
+    made = lynceus.create_model(name, num_classes=5, **changes)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    return made
+
+
 # network, clusters that are all tokens, fewer clusters, size of the picture
 HOSTS = {
     "vit": (vit, (6, 8), (3, 5), (24, 32)),
@@ -52,6 +65,15 @@ HOSTS = {
     "sam": (sam, (8, 8), (5, 4), (32, 48)),
     "swin": (lambda: zoo("swin_nano"), (4, 4), (3, 3), (32, 64)),
     "swin v2": (lambda: zoo("swin_v2_nano"), (4, 4), (2, 2), (32, 64)),
+    "convit": (lambda: lively("convit_nano", local_layers=3), (8, 16), (5, 9), (32, 64)),
+    "convit, class token before": (lambda: lively("convit_nano", local_layers=1), (8, 16), (5, 9), (32, 64)),
+    "hyena": (lambda: lively("hyena_vit_nano", depth=3), (8, 16), (5, 9), (32, 64)),
+    "volo": (lambda: lively("volo_nano"), (4, 8), (3, 5), (32, 64)),
+    "cvt": (lambda: lively("cvt_nano"), (4, 8), (3, 5), (32, 64)),
+    "cvt with class token": (lambda: lively("cvt_nano", class_token=(False, False, True)), (4, 8), (3, 5), (32, 64)),
+    "soft": (lambda: lively("soft_nano", depths=(1, 2, 1, 1)), (8, 16), (6, 11), (32, 64)),
+    "soft, last stage": (lambda: lively("soft_nano", depths=(1, 1, 1, 2)), (2, 4), (1, 3), (32, 64)),
+    "resnas": (lambda: lively("resnas_nano"), (8, 16), (5, 9), (32, 64)),
     "timm": (lambda: lynceus.create_model("timm:test_vit", image_size=(32, 64)).eval(), (2, 4), (2, 2), (32, 64)),
 }
 
@@ -203,6 +225,69 @@ def test_identity_limits(host):
             assert torch.allclose(fast(x), model(x), atol=1e-5)
             for a, b in zip(fast.forward_stages(x), model.forward_stages(x), strict=True):
                 assert torch.allclose(a, b, atol=1e-5)
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.integers(9, 48), st.integers(9, 48), st.integers(0, 2))
+@pytest.mark.parametrize("name", HOSTS)
+def test_identity_on_any_rectangle(name, high, wide, alpha):
+    model, fast = plain_and_whole(name, alpha)
+    x = torch.randn(1, 3, high, wide, generator=torch.Generator().manual_seed(high * wide))
+    with torch.no_grad():
+        for a, b in zip([fast(x), *fast.forward_stages(x)], [model(x), *model.forward_stages(x)], strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * max(1.0, float(b.std(correction=0))))
+
+
+@functools.cache
+def plain_and_whole(name, alpha):
+    """A network, and the same with as many clusters as tokens in every image."""
+    model = HOSTS[name][0]()
+    windows = name.startswith(("swin", "sam"))
+    return model, Expedite(alpha=alpha, clusters=HOSTS[name][1] if windows else (99, 99), **IDENTITY)(model)
+
+
+def test_positions_of_clusters_are_averages_over_their_cells():
+    """What gated positional attention gives a cluster: the mean of its queries' attention, summed over the keys'."""
+    torch.manual_seed(0)
+    layer = GatedPositionAttention(24, 4).double()
+    nn.init.normal_(layer.pos_proj.weight, std=0.2)
+    fine = torch.einsum("gyv,gxu->gyxvu", *layer.position(6, 8))
+    coarse = torch.einsum("gyv,gxu->gyxvu", *layer.position(3, 4, (6, 8)))
+    cells = fine.reshape(4, 3, 2, 4, 2, 3, 2, 4, 2).mean((2, 4)).sum((4, 6))
+    assert torch.allclose(coarse, cells)
+    for size in ((6, 8), (5, 3), (4, 7)):
+        rows, columns = layer.position(*size, (6, 8))
+        assert torch.allclose(rows.sum(-1), torch.ones(4, size[0], dtype=torch.float64))
+        assert torch.allclose(columns.sum(-1), torch.ones(4, size[1], dtype=torch.float64))
+
+
+def test_clusters_of_a_gated_attention_mix_as_their_cells_do():
+    """With content switched off and tokens that are the same all over a cluster, clusters get the averages."""
+    torch.manual_seed(0)
+    layer = GatedPositionAttention(24, 4).double().eval()
+    with torch.no_grad():
+        layer.gating_param.fill_(50.0)
+        coarse = torch.randn(1, 3, 4, 24, dtype=torch.float64)
+        fine = layer(coarse.repeat_interleave(2, 1).repeat_interleave(2, 2))
+        assert torch.allclose(layer(coarse, (6, 8)), fine.unflatten(2, (4, 2)).unflatten(1, (3, 2)).mean((2, 4)))
+
+
+def test_a_span_over_two_groups_of_volo():
+    """The groups of the coarse map count as one; what leaves the first of them is rebuilt for whoever reads it."""
+    net = lively("volo_nano")
+    fast, x = Expedite(alpha=1, beta=2, clusters=(3, 4), temperature=0.1)(net), torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        maps = fast.forward_stages(x)
+        assert torch.equal(maps[0], net.forward_stages(x)[0])
+        first, second, last = net.network[2], net.network[3], net.forward_stages(x)[3]
+        y = first[0](net.entered(net.run(net.embed(x))[0], 1))
+        found = cluster(y.flatten(1, 2), (4, 6), (3, 4), temperature=0.1)
+        z = first[1](found.centres.unflatten(1, (3, 4)))
+        assert torch.allclose(maps[1].flatten(2).mT, found.rebuild(z.flatten(1, 2)), atol=1e-5)
+        z = found.rebuild(second[0](z).flatten(1, 2)).unflatten(1, (4, 6))
+        assert torch.allclose(maps[2].permute(0, 2, 3, 1), second[1](z), atol=1e-5)
+        assert maps[3].shape == last.shape
+        assert torch.equal(fast.stages_up_to(x, 1)[1], maps[1])
 
 
 def test_alpha_behind_the_last_block_changes_nothing(host):
@@ -405,8 +490,12 @@ def test_options_that_make_no_sense(options, match):
 
 
 def test_what_cannot_be_expedited_is_named():
-    with pytest.raises(AdviceError, match=r"resnet_nano .*ViT, Swin"):
+    with pytest.raises(AdviceError, match=r"resnet_nano .* convolution sees .*ViT, Swin"):
         Expedite()(lynceus.create_model("resnet_nano"))
+    with pytest.raises(AdviceError, match=r"layers.0.mixer \(\w+\), a scan's state .* PruneTokens"):
+        Expedite()(lynceus.create_model("vim_nano"))
+    with pytest.raises(AdviceError, match=r"layers.0.1.self_attn \(HaloAttention\), its windows"):
+        Expedite()(lynceus.create_model("halonet_nano"))
     with pytest.raises(AdviceError, match="no span"):
         Expedite()(nn.Linear(3, 3))
     with pytest.raises(AdviceError, match="expedited already"):

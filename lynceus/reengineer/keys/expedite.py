@@ -9,20 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lynceus.backbones.keys.sam_vit import SOURCES
+from lynceus.backbones.sam_vit import SamViT, SamViTConfig
 from lynceus.core.errors import AdviceError, unknown
-from lynceus.core.rules import Rule, best_table
+from lynceus.core.rules import best_table
 from lynceus.reengineer.filling import image
 from lynceus.reengineer.parity import Row, authors_state, compare_outputs, make_input
-from lynceus.rewrite.expedite import Expedite, SamViT, SamViTConfig, cluster
+from lynceus.rewrite.expedite import Expedite, cluster
 from lynceus.rewrite.expedite.operators import means
 from lynceus.rewrite.expedite.rewrite import SAM_SETTINGS
 
-SOURCES: dict[str, tuple[Rule, ...]] = {
-    "authors": (
-        Rule(pattern=r"^image_encoder\.", name=""),
-        Rule(pattern=r"\.mlp\.lin([12])\.", name=r".mlp.fc\1."),
-    )
-}
 _NAMES = {
     "patch_size": "patch_size",
     "in_chans": "in_chans",

@@ -5,6 +5,3 @@ from lynceus.rewrite.expedite.operators import cluster as cluster
 from lynceus.rewrite.expedite.operators import naive_unpool as naive_unpool
 from lynceus.rewrite.expedite.operators import reconstruction_weights as reconstruction_weights
 from lynceus.rewrite.expedite.rewrite import Expedite as Expedite
-from lynceus.rewrite.expedite.sam_vit import SIZES as SAM_SIZES  # noqa: F401
-from lynceus.rewrite.expedite.sam_vit import SamViT as SamViT
-from lynceus.rewrite.expedite.sam_vit import SamViTConfig as SamViTConfig

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.shapes import pooling_matrix
 from lynceus.layers.fused import without_autocast
 
 Normalise = Literal["sum", "l2"]
@@ -166,17 +167,10 @@ def means(tokens: Float[Tensor, "b n c"], size: tuple[int, int], clusters: tuple
     x = tokens.unflatten(1, size)
     if torch.compiler.is_exporting():  # as two products, which every runtime has
         for axis in (0, 1):
-            matrix = _pooling(size[axis], clusters[axis], tokens)
+            matrix = pooling_matrix(size[axis], clusters[axis], tokens)
             x = torch.tensordot(matrix, x, dims=([1], [axis + 1])).movedim(0, axis + 1)
         return x.flatten(1, 2)
     return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), clusters).flatten(2).transpose(1, 2)
-
-
-def _pooling(size: int, count: int, like: Tensor) -> Float[Tensor, "m n"]:
-    place = torch.arange(size, device=like.device)
-    cell = torch.arange(count, device=like.device)[:, None]
-    inside = (place >= cell * size // count) & (place < ((cell + 1) * size + count - 1) // count)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
 def cells(size: int, count: int, like: Tensor) -> Int[Tensor, " n"]:

@@ -17,15 +17,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lynceus.backbones.convit import ConViT
+from lynceus.backbones.convnext import ConvNeXt
+from lynceus.backbones.cvt import CvT
 from lynceus.backbones.from_timm import TimmBackbone
+from lynceus.backbones.halonet import HaloNet
+from lynceus.backbones.hornet import HorNet
+from lynceus.backbones.hyena_vit import HyenaViT
+from lynceus.backbones.lsnet import LSNet
+from lynceus.backbones.plain_mamba import PlainMamba
+from lynceus.backbones.resnas import ResNAS
+from lynceus.backbones.resnet import ResNet
+from lynceus.backbones.sam_vit import SamViT
+from lynceus.backbones.soft import Soft
+from lynceus.backbones.spartan import SpaRTAN
 from lynceus.backbones.swin import Swin, WindowPyramid
 from lynceus.backbones.swin_v2 import SwinV2
+from lynceus.backbones.vim import Vim
 from lynceus.backbones.vit import ViT
+from lynceus.backbones.volo import VOLO
 from lynceus.core.errors import AdviceError, unknown
 from lynceus.rewrite.expedite.columnar import ExpeditedTimm, ExpeditedViT, plain_timm
 from lynceus.rewrite.expedite.operators import Normalise, Route
 from lynceus.rewrite.expedite.options import Span
-from lynceus.rewrite.expedite.sam_vit import SamViT
+from lynceus.rewrite.expedite.stages import (
+    ExpeditedConViT,
+    ExpeditedCvT,
+    ExpeditedHyenaViT,
+    ExpeditedResNAS,
+    ExpeditedSoft,
+    ExpeditedVOLO,
+    coarse_groups,
+)
 from lynceus.rewrite.expedite.windows import ExpeditedSamViT, ExpeditedSwin, ExpeditedSwinV2, shrink
 from lynceus.rewrite.swap import signed
 
@@ -35,6 +58,28 @@ KINDS: dict[type, type] = {
     Swin: ExpeditedSwin,
     SwinV2: ExpeditedSwinV2,
     SamViT: ExpeditedSamViT,
+    ConViT: ExpeditedConViT,
+    HyenaViT: ExpeditedHyenaViT,
+    VOLO: ExpeditedVOLO,
+    CvT: ExpeditedCvT,
+    Soft: ExpeditedSoft,
+    ResNAS: ExpeditedResNAS,
+}
+STAGED = (WindowPyramid, CvT, Soft, ResNAS)
+SCAN = (
+    "a scan's state takes one step per token and depends on their order, and a cluster would be one step instead of "
+    "many. PruneTokens (lynceus rewrite prune_tokens) makes scans shorter and keeps count of the steps"
+)
+CONVOLUTION = "a convolution sees neighbours in cells of the map; PruneChannels makes such networks smaller"
+WHY: dict[type, str] = {
+    ConvNeXt: CONVOLUTION,
+    HorNet: CONVOLUTION,
+    ResNet: CONVOLUTION,
+    SpaRTAN: CONVOLUTION,
+    Vim: SCAN,
+    PlainMamba: SCAN,
+    HaloNet: "its windows are measured in cells of the map, and convolutions stand between them",
+    LSNet: "all of its blocks but a few are convolutions, which see neighbours in cells of the map",
 }
 EXPEDITED = tuple(KINDS.values())
 NEVER = 10_000  # an alpha behind every network's last block
@@ -52,15 +97,16 @@ SAM_SETTINGS: dict[str, Any] = {
 class Expedite:
     """Rewrite: token clustering before block `alpha`, `beta` blocks on the clusters, then all tokens rebuilt.
 
-    For our ViT, timm's VisionTransformer, Swin, Swin V2 and SAM's encoder; no training is needed, none is hindered.
+    For our ViT, timm's VisionTransformer, Swin, Swin V2, SAM's encoder, ConViT, Hyena ViT, VOLO, CvT, SOFT and ViT-Res
+    (clusters lie on a smaller grid, so convolutions and positions go on); no training is needed, none is hindered.
 
     alpha: blocks that run on all tokens first; from the depth on nothing changes. None: five twelfths of the depth.
       The authors' Segmenter clusters after block `location` (alpha = location + 1), their SAM before it (alpha =
-      location). In a Swin, blocks of the stage.
-    beta: blocks on clusters; None: all that follow (in a Swin, in the stage).
+      location). Where there are stages, blocks of the stage; in VOLO, of the coarse map.
+    beta: blocks on clusters; None: all that follow (in the stage).
     clusters: rows and columns of clusters: of the map, or, where attention has windows, of every window. None: .7 of
       the rows and columns that there are.
-    stage: of a Swin, counted from 0; None: the one with most blocks.
+    stage: of Swin, Swin V2, CvT, SOFT and ViT-Res, counted from 0; None: the one with most blocks.
     iterations, window, temperature, scale, route: of `operators.cluster`. neighbours: centres that a token is rebuilt
       from (-1: all). normalise: their weights sum to one ("sum"), or have length one as in the authors' code ("l2"),
       which makes tokens larger, by about the square root of `neighbours`; a norm behind them hides it.
@@ -110,10 +156,12 @@ class Expedite:
         stage, depth, what = self._blocks(inner)
         span = self.span(depth)
         span.check(depth, what)
+        staged, windows = isinstance(inner, STAGED), isinstance(inner, WindowPyramid)
         inner.__class__ = KINDS[type(inner)]
         inner.span = span
-        if hasattr(inner, "stages_of"):
+        if staged:
             inner.stage = stage
+        if windows:
             side = inner.config.window(stage)[0]
             grid = span.grid((side, side))
             if grid[0] != grid[1]:
@@ -183,9 +231,10 @@ class Expedite:
         if isinstance(inner, EXPEDITED):
             raise AdviceError(f"{name} is expedited already; take the model it was made from.")
         if type(inner) not in KINDS:
+            ours = [k.__name__ for k in KINDS if k is not TimmBackbone]
             raise AdviceError(
                 f"{name} ({type(inner).__name__}) has no span of transformer blocks on one map that could run on "
-                "clusters; it works for our ViT, Swin, Swin V2 and SamViT, and for timm's VisionTransformer "
+                f"clusters{_why(inner)}. It works for our {', '.join(ours)}, and for timm's VisionTransformer "
                 "(create_model('timm:NAME'))."
             )
         if isinstance(inner, TimmBackbone) and not plain_timm(inner):
@@ -193,19 +242,38 @@ class Expedite:
                 f"timm's {type(inner.model).__name__} is not its plain VisionTransformer, so its blocks may need "
                 "places that clusters have not; take one of `lynceus models 'timm:vit_*'`, or our Swin."
             )
-        if self.stage is not None and not isinstance(inner, WindowPyramid):
-            raise AdviceError(f"{name} has one stage; stage={self.stage} is for a Swin. Leave it out.")
+        if self.stage is not None and not isinstance(inner, STAGED):
+            kinds = ", ".join(k.__name__ for k in KINDS if issubclass(k, STAGED))
+            raise AdviceError(f"{name} has one stage of such blocks; stage={self.stage} is for {kinds}. Leave it out.")
 
     def _blocks(self, inner: Any) -> tuple[int, int, str]:
         """(stage, blocks in it, what they are called)."""
-        if not isinstance(inner, WindowPyramid):
+        if isinstance(inner, VOLO):
+            return 0, sum(len(inner.blocks_of(g)) for g in coarse_groups(inner)), f"the coarse map of {inner.name}"
+        if not isinstance(inner, STAGED):
             blocks = inner.model.blocks if isinstance(inner, TimmBackbone) else inner.blocks
             return 0, len(blocks), inner.name
-        depths = inner.config.depths
+        depths = _depths(inner)
         stage = max(range(len(depths)), key=lambda i: depths[i]) if self.stage is None else self.stage
         if not 0 <= stage < len(depths):
             raise AdviceError(f"{inner.name} has stages 0 to {len(depths) - 1}, not {stage}.")
         return stage, depths[stage], f"stage {stage} of {inner.name}"
+
+
+def _depths(inner: Any) -> tuple[int, ...]:
+    """Blocks of every stage."""
+    if isinstance(inner, ResNAS):
+        return tuple(sum(b.exists for b in s.blocks) for s in inner.plan.stages[: len(inner.stages)])
+    return tuple(inner.config.depths[: len(inner.stages)] if isinstance(inner, Soft) else inner.config.depths)
+
+
+def _why(inner: Any) -> str:
+    """What stands in the way: the first layer that mixes tokens, and the reason, where it is known."""
+    reason = next((why for kind, why in WHY.items() if isinstance(inner, kind)), None)
+    if reason is None:
+        return ""
+    paths = [s.path for s in inner.mixer_sites()] or [n for n, m in inner.named_modules() if isinstance(m, nn.Conv2d)]
+    return f": at {paths[0]} ({type(inner.get_submodule(paths[0])).__name__}), {reason}"
 
 
 def _inner(model: nn.Module) -> Any:

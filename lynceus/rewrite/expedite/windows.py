@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lynceus.backbones.swin import Swin, WindowPyramid, WindowStage
+from lynceus.backbones.sam_vit import SamViT
+from lynceus.backbones.swin import Swin, WindowPyramid
 from lynceus.backbones.swin_v2 import SwinV2
-from lynceus.core.shapes import pad_map
 from lynceus.layers.window import WindowAttention, relative_index
 from lynceus.layers.window_cosine import WindowCosineAttention, log_coordinates
 from lynceus.rewrite.expedite.operators import Clustering
 from lynceus.rewrite.expedite.options import Span
-from lynceus.rewrite.expedite.sam_vit import SamViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +32,38 @@ class Windowed:
 
     def rebuild(self, x: Float[Tensor, "b h w c"], span: Span) -> Float[Tensor, "b H W d"]:
         """The whole map, out of what became of the map of clusters."""
+        x = stretched(x, (self.grid[0] * self.found.size[0], self.grid[1] * self.found.size[1]))
         tokens = span.rebuild(self.found, split(x, self.found.size))
         return joined(tokens, self.grid, self.window)[:, : self.size[0], : self.size[1]]
 
 
-def clustered(x: Float[Tensor, "b h w c"], window: tuple[int, int], span: Span) -> tuple[Tensor, Windowed]:
-    """The map of clusters, and what brings the whole back. Padded like window attention: zeros right and bottom."""
+def clustered(
+    x: Float[Tensor, "b h w c"], window: tuple[int, int], span: Span, *, as_released: bool = False
+) -> tuple[Tensor, Windowed]:
+    """The map of clusters, and what brings the whole back.
+
+    The last windows may reach over the edge of the map, where cells repeat the edge; clusters of such cells alone are
+    left out, so that window attention pads the map of clusters as it pads the map. as_released: the authors' way, which
+    makes tokens of the padding: zeros right and bottom, and all clusters."""
     size = (x.shape[1], x.shape[2])
-    x = pad_both(x, window)
-    grid = (x.shape[1] // window[0], x.shape[2] // window[1])
-    found = span.cluster(split(x, window), window)
-    return joined(found.centres, grid, found.size), Windowed(size=size, grid=grid, window=window, found=found)
+    grid = (-(-size[0] // window[0]), -(-size[1] // window[1]))
+    all_ = (grid[0] * window[0], grid[1] * window[1])
+    if as_released:
+        x = F.pad(x, (0, 0, 0, all_[1] - size[1], 0, all_[0] - size[0]))
+    found = span.cluster(split(stretched(x, all_), window), window)
+    made = joined(found.centres, grid, found.size)
+    if not as_released:
+        high, wide = (-(-n * m // side) for n, m, side in zip(size, found.size, window))
+        made = made[:, :high, :wide]
+    return made, Windowed(size=size, grid=grid, window=window, found=found)
 
 
-def pad_both(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "b H W c"]:
-    if window[0] == window[1]:
-        return pad_map(x, window[0])
-    return F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
+def stretched(x: Float[Tensor, "b h w c"], size: tuple[int, int]) -> Float[Tensor, "b H W c"]:
+    """A map of `size`, whose last row and column stand for those that it has not."""
+    for axis, (have, want) in enumerate(zip(x.shape[1:3], size), 1):
+        if have != want:
+            x = x.index_select(axis, torch.arange(want, device=x.device).clamp(max=have - 1))
+    return x
 
 
 def split(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "windows cells c"]:
@@ -74,29 +88,18 @@ class ExpeditedPyramid(WindowPyramid):
     span: Span
     stage: int
 
-    def stages_of(self, x: Float[Tensor, "b h w c"]) -> list[Float[Tensor, "b ci hi wi"]]:
-        if self.config.ape:
-            x = x + self._position(x.shape[1], x.shape[2])
-        x = self.pos_drop(x)
-        maps = []
-        for i, stage in enumerate(cast(Iterable[WindowStage], self.layers)):
-            x = self._stage(x, stage, i)
-            if i in self.config.levels:
-                out = x.permute(0, 3, 1, 2)
-                maps.append(getattr(self, f"norm{i}")(out) if self.config.dense else out)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return maps
-
-    def _stage(self, x: Tensor, stage: WindowStage, number: int) -> Tensor:
+    def run_group(
+        self, blocks: Sequence[nn.Module], x: Tensor, group: int, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        if group != self.stage:
+            return super().run_group(blocks, x, group, size)
         held: Windowed | None = None
-        end = self.span.end(len(stage.blocks))
-        for j, block in enumerate(stage.blocks):
-            if number == self.stage and j == self.span.alpha:
-                side = self.config.window(number)[0]
+        end, side = self.span.end(len(blocks)), self.config.window(group)[0]
+        for i, block in enumerate(blocks):
+            if i == self.span.alpha:
                 x, held = clustered(x, (side, side), self.span)
             x = self.run_block(block, x)
-            if held is not None and j == end - 1:
+            if held is not None and i == end - 1:
                 x, held = held.rebuild(x, self.span), None
         return x
 
@@ -162,18 +165,20 @@ class ExpeditedSamViT(SamViT):
     windows. Maps, and what the neck reads, are rebuilt."""
 
     span: Span
-    as_released = False  # True: a map of clusters that has the size of the map is left as it is
+    as_released = (
+        False  # True: padding is made tokens of, and a map of clusters of the size of the map is left as it is
+    )
 
     def through(
-        self, x: Float[Tensor, "b h w c"], wanted: Iterable[int] = (), *, whole: bool = True
+        self, x: Float[Tensor, "b h w c"], wanted: Iterable[int] = (), *, whole: bool = True, last: int | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         kept: dict[int, Tensor] = {}
         held: Windowed | None = None
         wanted, side = set(wanted), self.config.window
         size, end = (x.shape[1], x.shape[2]), self.span.end(len(self.blocks))
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[: None if last is None else last + 1]):
             if i == self.span.alpha:
-                x, held = clustered(x, (side, side) if side else size, self.span)
+                x, held = clustered(x, (side, side) if side else size, self.span, as_released=self.as_released)
             window = held.found.size if held is not None and side else (side, side)
             x = self.run_block(block, x, window if i not in self.config.global_blocks and side else None)
             if i in wanted:

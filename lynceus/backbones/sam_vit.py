@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.backbones._base import Backbone, BackboneConfig
+from lynceus.backbones._init import init_linears
 from lynceus.core.errors import AdviceError
 from lynceus.core.shapes import pad_map
 from lynceus.core.types import Stage
 from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.fused import linear
+from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
-from lynceus.layers.position import resize_position
+from lynceus.layers.position import resize_position, sincos_table
 
 Window = tuple[int, int] | None
 
@@ -38,7 +40,9 @@ class SamViTConfig(BackboneConfig):
     mlp_ratio, qkv_bias: of the blocks. out: channels behind the neck. window: side of the windows, 0 for global blocks
     only. global_blocks: those that see the whole map. absolute: a learned table of places, relative: tables of relative
     rows and columns in every attention. norm_eps: of the blocks' norms. levels: blocks whose maps are given before that
-    of the neck.
+    of the neck; None: the global ones. num_classes: 0, since the released encoders have no classifier; with one it
+    reads the mean of the neck's map. init: "small", truncated normals of 0.02; "scratch" learns faster from few small
+    images: Xavier, and positions that start as sines and cosines.
     """
 
     num_classes: int = 0
@@ -55,16 +59,26 @@ class SamViTConfig(BackboneConfig):
     absolute: bool = True
     relative: bool = True
     norm_eps: float = 1e-6
-    levels: tuple[int, ...] = ()
+    levels: tuple[int, ...] | None = None
+    init: Literal["small", "scratch"] = "small"
 
     def __post_init__(self) -> None:
-        for name, blocks in (("global_blocks", self.global_blocks), ("levels", self.levels)):
+        for name, blocks in (("global_blocks", self.global_blocks), ("levels", self.levels or ())):
             if not all(0 <= i < self.depth for i in blocks):
                 raise AdviceError(f"{name} {tuple(blocks)} must be blocks from 0 to {self.depth - 1}.")
+        if self.init not in ("small", "scratch"):
+            raise AdviceError(f"init is 'small' or 'scratch', not {self.init!r}.")
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        """Rows and columns of the tables."""
+        high, wide = (max(n // self.patch_size, 1) for n in self.image_size)
+        return high, wide
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The blocks whose maps are given."""
+        return tuple(sorted(self.global_blocks if self.levels is None else self.levels))
 
 
 class RelativeAttention(nn.Module):
@@ -103,10 +117,16 @@ class RelativeAttention(nn.Module):
 
 def relative(table: Float[Tensor, "n c"], size: int) -> Float[Tensor, "q k c"]:
     """The rows of a table (2 n - 1, c) for queries and keys at `size` places, resized linearly where needed."""
-    if table.shape[0] != 2 * size - 1:
-        table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
+    table = resize_line(table, 2 * size - 1)
     place = torch.arange(size, device=table.device)
     return table[place[:, None] - place + size - 1]
+
+
+def resize_line(table: Float[Tensor, "n c"], count: int) -> Float[Tensor, "m c"]:
+    """A table with `count` rows, linearly between those that there are."""
+    if table.shape[0] == count:
+        return table
+    return F.interpolate(table.t()[None], size=count, mode="linear")[0].t()
 
 
 class Block(nn.Module):
@@ -146,7 +166,7 @@ class SamViT(Backbone):
 
     def __init__(self, config: SamViTConfig):
         c = config
-        levels = tuple(sorted(c.levels))
+        levels = c.given
         super().__init__(
             c, [*(Stage(c.dim, c.patch_size, f"blocks.{i}") for i in levels), Stage(c.out, c.patch_size, "neck")]
         )
@@ -161,8 +181,17 @@ class SamViT(Backbone):
             LayerNorm2d(c.out),
         )
         self.head = nn.Linear(c.out, c.num_classes) if c.num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As `config.init` says; tables of relative places start at zero."""
+        scratch = self.config.init == "scratch"
+        init_linears(self, scratch=scratch, small={self.head})
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            if scratch:
+                with torch.no_grad():
+                    self.pos_embed.add_(sincos_table(*self.config.grid, self.config.dim).view(self.pos_embed.shape))
 
     def embed(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b H W d"]:
         """The map that enters the first block."""
@@ -173,21 +202,58 @@ class SamViT(Backbone):
         return x + resize_position(self.pos_embed.flatten(1, 2), self.config.grid, size).view(1, *size, -1)
 
     def through(
-        self, x: Float[Tensor, "b h w c"], wanted: Iterable[int] = (), *, whole: bool = True
+        self, x: Float[Tensor, "b h w c"], wanted: Iterable[int] = (), *, whole: bool = True, last: int | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The map after the last block, and those after the `wanted` ones. whole: of the whole map also where a
-        rewrite runs blocks on fewer tokens."""
+        """The map after the last block (or after `last`), and those after the `wanted` ones. whole: of the whole map
+        also where a rewrite runs blocks on fewer tokens."""
         kept: dict[int, Tensor] = {}
         side, wanted = self.config.window, set(wanted)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[: None if last is None else last + 1]):
             x = self.run_block(block, x, None if i in self.config.global_blocks or not side else (side, side))
             if i in wanted:
                 kept[i] = x
         return x, kept
 
+    # the contract ----------------------------------------------------------------------------------
     def forward_stages(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b ci hi wi"]]:
-        x, kept = self.through(self.embed(image), self.levels)
-        return [*(kept[i].permute(0, 3, 1, 2) for i in self.levels), self.neck(x.permute(0, 3, 1, 2))]
+        return self.stages_up_to(image, len(self.stages) - 1)
+
+    def stages_up_to(self, image: Float[Tensor, "b c h w"], last: int) -> list[Float[Tensor, "b ci hi wi"]]:
+        levels = self.levels[: last + 1]
+        end = None if last >= len(self.levels) else levels[-1]
+        x, kept = self.through(self.embed(image), levels, last=end)
+        maps = [kept[i].permute(0, 3, 1, 2) for i in levels]
+        return maps if end is not None else [*maps, self.neck(x.permute(0, 3, 1, 2))]
+
+    def keep_levels(self, count: int, *, norm: bool) -> None:
+        """Cuts the neck, and the blocks after level `count` - 1."""
+        if count == len(self.stages):
+            return
+        self.levels, self.stages = self.levels[:count], self.stages[:count]
+        self.blocks = self.blocks[: self.levels[-1] + 1]
+        self.neck = nn.Sequential()
+        self.num_features = self.head_hidden_size = self.config.dim
+
+    def mixer_sites(self) -> list[MixerSite]:
+        """Attentions, called on windows or, in global blocks, on the whole map."""
+        c, sites = self.config, []
+        for i in range(len(self.blocks)):
+            grid = c.grid if i in c.global_blocks or not c.window else (c.window, c.window)
+            place = Place(dim=c.dim, heads=c.heads, grid=grid, index=i, depth=c.depth)
+            sites.append(MixerSite(path=f"blocks.{i}.attn", place=place))
+        return sites
+
+    def resize_own_table(self, value: Tensor, name: str) -> tuple[Tensor, str] | None:
+        """A checkpoint's position table (1, h, w, c) at this model's grid, or its table of relative places at this
+        model's length, and what was done."""
+        if name == "pos_embed" and self.pos_embed is not None and value.ndim == 4:
+            old, new = (int(value.shape[1]), int(value.shape[2])), self.config.grid
+            resized = resize_position(value.flatten(1, 2), old, new).view(1, *new, -1)
+            return resized, f"resize_positions {old[0]}x{old[1]} -> {new[0]}x{new[1]} (bicubic)"
+        if name.endswith(("rel_pos_h", "rel_pos_w")) and value.ndim == 2:
+            count = self.get_parameter(name).shape[0]
+            return resize_line(value, count), f"resize_line {value.shape[0]} -> {count} (linear)"
+        return None
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^neck\.", (99999,))]}
@@ -196,13 +262,31 @@ class SamViT(Backbone):
         return {n for n, _ in self.named_parameters() if n == "pos_embed" or "rel_pos_" in n}
 
 
-def _size(dim: int, depth: int, heads: int, every: int) -> SamViTConfig:
-    blocks = tuple(range(every - 1, depth, every))
-    return SamViTConfig(dim=dim, depth=depth, heads=heads, global_blocks=blocks)
+def _size(dim: int, depth: int, heads: int) -> SamViTConfig:
+    return SamViTConfig(
+        dim=dim, depth=depth, heads=heads, global_blocks=tuple(range(depth // 4 - 1, depth, depth // 4))
+    )
 
 
-SIZES: dict[str, SamViTConfig] = {
-    "sam_vit_b": _size(768, 12, 12, 3),
-    "sam_vit_l": _size(1024, 24, 16, 6),
-    "sam_vit_h": _size(1280, 32, 16, 8),
+VARIANTS: dict[str, SamViTConfig] = {
+    # for images of 28 to 64 pixels, from scratch
+    "sam_vit_nano": SamViTConfig(
+        num_classes=1000,
+        image_size=(32, 32),
+        patch_size=4,
+        dim=96,
+        depth=6,
+        heads=3,
+        out=96,
+        window=4,
+        global_blocks=(2, 5),
+        init="scratch",
+    ),
+    "sam_vit_b": _size(768, 12, 12),
+    "sam_vit_l": _size(1024, 24, 16),
+    "sam_vit_h": _size(1280, 32, 16),
 }
+
+
+def build(config: SamViTConfig) -> SamViT:
+    return SamViT(config)
