@@ -77,6 +77,22 @@ def test_wide_layers_run_in_steps_and_are_exact(block, share):
             assert (sparse(x) - dense(x)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("out", [384, 376])  # whole blocks, and one that is cut off
+def test_few_tokens_take_reordered_outputs_and_are_exact(out):
+    dense, sparse = sparse_pair(out, 192, (32, 32))
+    few, many = sparse.program(197)[0], sparse.program(1400)[0]
+    assert many.back is None
+    assert (few.back is not None) == (out == 384)
+    assert few.back is None or len(few.steps) < len(many.steps)
+    x = torch.randn(1400, 192)
+    with torch.no_grad():
+        want = dense(x)
+        for count in (1, 197, 1400, 197):
+            assert torch.allclose(sparse(x[:count]), want[:count], atol=1e-5)
+            for steps in (few, many):
+                assert torch.allclose(steps(x[:count]), want[:count], atol=1e-5)
+
+
 def test_gradients_equal_those_of_the_masked_layer():
     dense, sparse = sparse_pair(48, 40, (16, 16))
     x = torch.randn(5, 40)

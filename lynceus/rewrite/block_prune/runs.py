@@ -23,6 +23,8 @@ SPEED = 5e4  # multiply-adds per microsecond and thread of a good dense product
 SHORT = 0.8  # share of that speed which the short products of the steps reach
 WIDE, PANEL = 2048, 512  # outputs: above the first, so many at a time
 ROWS = 1024  # tokens that are taken at a time
+FEW = 512  # tokens up to which bringing permuted outputs back costs less than the steps it saves
+MOVE = 2.5e-4  # microseconds that bringing one output back costs
 Step = tuple[int, int, int, int]  # c0, k, r0, m
 
 
@@ -121,7 +123,7 @@ def elements(order: Sequence[int], length: np.ndarray) -> Tensor:
 class Program:
     """The steps of one matrix with their packed weights (k, m).
 
-    back: None, or where each feature of the result lies among the permuted outputs.
+    back: None, or where each piece of the result lies among the permuted outputs; a piece is `unit` features long.
     """
 
     out: int
@@ -129,6 +131,7 @@ class Program:
     packs: list[Tensor]
     bias: Tensor | None
     back: Tensor | None
+    unit: int
     kept: int  # weights
 
     def worth(self, tokens: int, dense: int) -> bool:
@@ -147,16 +150,20 @@ class Program:
             if last != (c0, k):
                 last, some = (c0, k), x.narrow(1, c0, k)
             part = y.narrow(1, r0, m)
-            torch.addmm(part, some, weight, out=part)
+            torch.addmm(part, some, weight, out=part)  # as quick as addmm_, which torch's counter of FLOPs misses
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (n, in). Gives (n, out)."""
         y = x.new_empty(len(x), self.out)
-        pieces = -(-len(x) // ROWS)
-        count = -(-len(x) // pieces)
-        for some, place in zip(x.split(count), y.split(count)):
-            self.into(some, place)
-        return y if self.back is None else y.index_select(1, self.back.to(y.device))
+        if len(x) <= ROWS:
+            self.into(x, y)
+        else:
+            count = -(-len(x) // -(-len(x) // ROWS))
+            for some, place in zip(x.split(count), y.split(count)):
+                self.into(some, place)
+        if self.back is None:
+            return y
+        return y.unflatten(1, (-1, self.unit)).index_select(1, self.back.to(y.device)).flatten(1)
 
 
 def program(
@@ -190,13 +197,16 @@ def program(
     shift = None if bias is None else bias.detach()
     if shift is not None and not plain:
         shift = shift.index_select(0, where.to(shift.device))
-    back = torch.argsort(where) if restore and not plain else None
-    return Program(out, found, packs, shift, back, sum(k * m for _, k, _, m in found))
+    unit = block[0] if out % block[0] == 0 else 1  # whole blocks move four times as quickly as single features
+    back = torch.argsort(where[::unit] // unit) if restore and not plain else None
+    return Program(out, found, packs, shift, back, unit, sum(k * m for _, k, _, m in found))
 
 
 def worth_reordering(kept: Bool[np.ndarray, "r c"], block: tuple[int, int], out: int) -> list[int] | None:
-    """An order of the output blocks that saves more steps than bringing the outputs back costs; None to leave it."""
+    """For some 200 tokens: an order of the output blocks that saves more than bringing the outputs back costs; None to
+    leave it."""
     order = tour(kept)
     plain = sum(len(runs(kept[:, j])) for j in range(kept.shape[1]))
     better = sum(len(runs(kept[order][:, j])) for j in range(kept.shape[1]))
-    return order if CALL * (plain - better) > 400 * out * 4e-4 else None
+    move = MOVE if out % block[0] == 0 else 4 * MOVE
+    return order if CALL * (plain - better) > 200 * out * move else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.rewrite.block_prune import kernel
-from lynceus.rewrite.block_prune.runs import Program, lean, program, stamp, worth_reordering
+from lynceus.rewrite.block_prune.runs import FEW, Program, lean, program, stamp, worth_reordering
 
 
 class Kept:
@@ -130,23 +130,26 @@ class BlockSparseLinear(nn.Module):
         super().train(mode)
         return self
 
-    def program(self) -> tuple[Program, Tensor]:
-        """The steps for a CPU and the dense weight, packed anew when the weights have changed."""
+    def program(self, tokens: int = FEW + 1) -> tuple[Program, Tensor]:
+        """The steps for a CPU and the dense weight, packed anew when the weights have changed.
+
+        tokens: that are multiplied at once. For a few the outputs are reordered, which saves steps."""
         now = stamp(self.blocks, self.bias)
         if self._packed.stamp != now:
-            whole = self.weight.detach()
             order = worth_reordering(self.kept, self.block, self.out_features)
-            made = program(whole, self.bias, self.kept, self.block, row_order=order)
-            self._packed.stamp, self._packed.value = now, (made, whole)
-        out: tuple[Program, Tensor] = self._packed.value
-        return out
+            self._packed.value, self._packed.stamp = (self.weight.detach(), order, {}), now
+        whole, order, made = self._packed.value
+        chosen = order if tokens <= FEW else None
+        if (few := chosen is not None) not in made:
+            made[few] = program(whole, self.bias, self.kept, self.block, row_order=chosen)
+        return made[few], whole
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         if kernel.usable(x, self.blocks, self.bias):
             return kernel.multiply(x, self)
         if lean(x, self.blocks, self.bias):
-            steps, whole = self.program()
             rows = x.numel() // self.in_features
+            steps, whole = self.program(rows)
             if not steps.worth(rows, self.in_features * self.out_features):
                 return F.linear(x, whole, self.bias)
             return steps(x.reshape(rows, self.in_features)).view(*x.shape[:-1], self.out_features)
