@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import lynceus
 
@@ -56,9 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         print(lynceus.__version__)
         return 0
-    from lynceus.core.errors import AdviceError, unknown
+    from lynceus.core.errors import AdviceError, AdviceWarning, unknown
 
     verb = ALIASES.get(args[0], args[0])
+    plain = warnings.formatwarning
+
+    def told(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        advice = category is AdviceWarning  # which says what to do, so where it was raised is of no use
+        return f"lynceus {verb}: {message}\n" if advice else plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = told
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS, how="lynceus --help lists all.")
@@ -84,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 70
+    finally:
+        warnings.formatwarning = plain
     return 2
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         load = Load(
             rate=options.rate,
-            concurrency=options.concurrency or (None if options.rate is not None else 8),
+            concurrency=8 if options.rate is None and options.concurrency is None else options.concurrency,
             duration=options.seconds,
             warmup=options.warmup,
             arrivals=options.arrivals,

@@ -24,11 +24,12 @@ IMPACT = 0.8  # of a large image on throughput, abstract
 @dataclass(frozen=True, kw_only=True)
 class Spans:
     """Spans of many answered requests. seconds: name -> per request, in the order of SPANS. total: of each trace.
-    client: seconds of the same requests seen by the client."""
+    client: seconds of the same requests seen by the client. weight: mean bytes of an answer."""
 
     seconds: dict[str, np.ndarray]
     total: np.ndarray
     client: np.ndarray
+    weight: float
 
     def mean(self, *names: str) -> float:
         """Mean seconds of the spans together."""
@@ -55,7 +56,9 @@ def spans_of(result: Result) -> Spans:
         if values.any():
             seconds[name] = values
     total = np.array([t["total_ms"] for t in traces]) / 1e3
-    return Spans(seconds=seconds, total=total, client=result.latency())
+    return Spans(
+        seconds=seconds, total=total, client=result.latency(), weight=sum(map(len, result.bodies)) / len(result.bodies)
+    )
 
 
 def alone(url: str, requests: Sequence[Request], *, seconds: float, header: Mapping[str, str] = {}) -> Spans:

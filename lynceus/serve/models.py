@@ -64,7 +64,7 @@ class Served:
     def __init__(self, name: str, model: Any, config: ServeConfig, *, version: str = "1", source: str = ""):
         self.name, self.version, self.source = name, version, source
         self.loaded = time.time()
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(config.device)
         self.exact, self.placement = config.exact, config.placement
         inner = model.model if isinstance(model, Subject) else model
         self.task: Any = getattr(inner, "task", None)
@@ -177,6 +177,16 @@ class Served:
         h, w = self.size or (224, 224)
         raw = self.run(torch.full((batch, 3, h, w), 0.5, device=self.device))
         self.rows(raw, [(h, w)] * batch)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise AdviceError(f"This machine has no device {name!r}; it has {', '.join(there)}.") from None
+    return device
 
 
 def _geometry(model: Any, inner: Any, task: Any, config: ServeConfig) -> tuple[tuple[int, int] | None, str]:

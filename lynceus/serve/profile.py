@@ -174,6 +174,7 @@ class _Run:
                             "preprocessing": found.share(*PREPROCESSING),
                             "inference": found.share("infer"),
                             "answer": found.share("postprocess", "serialise"),
+                            "answer_kb": found.weight / 1e3,
                         }
                     )
             bar.advance(0, task=task)

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Server:
     """A started server. `url` is where it listens; `stop` drains it; leaving the `with` block stops it."""
 
-    def __init__(self, engine: Any, config: ServeConfig):
+    def __init__(self, engine: Any, config: ServeConfig, listener: socket.socket):
         import uvicorn
 
         from lynceus.serve.api import Door
@@ -32,7 +33,7 @@ class Server:
 
         self.engine, self.config = engine, config
         self.door = Door(engine, config)
-        self.socket = _listen(config.host, config.port)
+        self.socket = listener
         self.port = int(self.socket.getsockname()[1])
         host = f"[{config.host}]" if ":" in config.host else config.host
         self.url = f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{self.port}"
@@ -153,9 +154,10 @@ def serve(models: Any = None, *, config: ServeConfig | None = None, **changes: A
         from lynceus.serve.ray_engine import RayServer
 
         return RayServer(models, config)
-    engine = engine_of(models, config)
-    try:
-        return Server(engine, config).start()
-    except BaseException:
-        engine.close()
-        raise
+    with ExitStack() as undo:
+        listener = undo.enter_context(_listen(config.host, config.port))  # before models are loaded
+        engine = engine_of(models, config)
+        undo.callback(engine.close)
+        server = Server(engine, config, listener).start()
+        undo.pop_all()
+    return server

@@ -1,8 +1,13 @@
 """`lynceus serve` says what is wrong before anything starts; that it serves is tested in tests/serve."""
 
+import sys
+import warnings
+from types import SimpleNamespace
+
 import pytest
 
-from lynceus.cli.__main__ import main
+from lynceus.cli.__main__ import VERBS, main
+from lynceus.core.errors import AdviceWarning
 
 
 @pytest.mark.parametrize(
@@ -13,6 +18,8 @@ from lynceus.cli.__main__ import main
         (["runs/nothing/here"], "no model at"),
         (["resnet_nano", "--pipeline", "chain.yaml"], "second server"),
         (["--pipeline", "nothing.yaml"], "nothing.yaml"),
+        (["resnet_nano", "--device", "tpu"], "no device 'tpu'; it has cpu"),
+        (["resnet_nano", "--workers", "1", "--broker", "file:/proc/none"], "cannot write into"),
         (["resnet_nano", "--max-batch", "0"], "max_batch is at least 1"),
         (["resnet_nano", "--broker", "kafka"], "broker"),
         (["resnet_nano", "--workers", "1", "--broker", "redis://127.0.0.1:1/0"], "redis-server --appendonly yes"),
@@ -22,10 +29,26 @@ from lynceus.cli.__main__ import main
 def test_mistakes_are_answered(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chain.yaml").write_text("steps: [{model: a}, {model: b}]\n")
-    assert main(["serve", *argv]) == 2
+    assert main(["serve", "--port", "0", *argv]) == 2
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
+
+
+def test_a_warning_is_one_line_of_advice(monkeypatch):
+    seen = []
+
+    def verb(argv):
+        for category in (AdviceWarning, UserWarning):
+            seen.append(warnings.formatwarning("the text", category, "file.py", 7, "code"))
+        return 0
+
+    monkeypatch.setitem(sys.modules, "a_verb", SimpleNamespace(main=verb))
+    monkeypatch.setitem(VERBS, "serve", ("a_verb", ""))
+    before = warnings.formatwarning
+    assert main(["serve"]) == 0
+    assert seen == ["lynceus serve: the text\n", before("the text", UserWarning, "file.py", 7, "code")]
+    assert warnings.formatwarning is before
 
 
 def test_misspelt_options_name_the_nearest(capsys):

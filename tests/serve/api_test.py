@@ -233,6 +233,8 @@ def test_serve_takes_options_and_says_what_is_wrong(classifier, toys):
         assert server.engine.config.max_batch == 2
         with pytest.raises(AdviceError, match="take another --port"):
             serve(classifier, port=server.port)
+        with pytest.raises(AdviceError, match="take another --port"):  # said before a model is looked for
+            serve({"m": "no_such_model"}, port=server.port)
     with pytest.raises(TypeError, match="max_batch"):
         serve(classifier, max_bach=2)
     assert json.dumps(ServeConfig().hot)

@@ -1,5 +1,6 @@
 """One sheet for all brokers: order, acknowledgement, delivery again, many consumers, other processes, kills."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -259,7 +260,46 @@ def test_a_flipped_bit_on_disk_loses_that_message_only(tmp_path):
     broker.close()
 
 
-@pytest.mark.parametrize("address", ["reddis://x", "file:", "redis://127.0.0.1:1/0"])
+def test_a_log_goes_on_behind_a_torn_event(tmp_path):
+    broker = open_broker(f"file:{tmp_path}")
+    broker.publish("jobs", [b"1", b"2"])
+    first = broker.consume("jobs", "a", count=1, wait_s=1)
+    with open(tmp_path / "jobs.events", "ab") as events:
+        events.write(b"\x54\x00\x00")  # one that was being written when the power went
+    broker.ack("jobs", [first[0].key])
+    assert [d.body for d in broker.consume("jobs", "a", count=5, wait_s=1)] == [b"2"]
+    assert broker.depth("jobs") == (0, 1)
+    broker.close()
+
+
+def test_a_full_disk_is_told_and_the_log_goes_on_when_there_is_room(tmp_path, monkeypatch):
+    broker = open_broker(f"file:{tmp_path}")
+    broker.publish("jobs", [b"1"])
+    held = broker.consume("jobs", "a", count=1, wait_s=1)
+    real, room = os.write, [5]
+
+    def write(file, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = real(file, bytes(data)[: room[0]])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(FullError, match="No space left"):
+        broker.publish("jobs", [b"2" * 100])
+    room[0] = 5
+    with pytest.raises(DownError, match="No space left"):
+        broker.ack("jobs", [held[0].key])
+    monkeypatch.undo()
+    assert broker.depth("jobs") == (0, 1)
+    broker.ack("jobs", [held[0].key])
+    broker.publish("jobs", [b"3"])
+    assert [d.body for d in broker.consume("jobs", "a", count=5, wait_s=1)] == [b"3"]
+    broker.close()
+
+
+@pytest.mark.parametrize("address", ["reddis://x", "file:", "file:/proc/none", "redis://127.0.0.1:1/0"])
 def test_mistakes_are_answered(address):
     with pytest.raises(AdviceError):
         open_broker(address)

@@ -290,6 +290,12 @@ def test_mistakes_are_answered_before_anything_starts(models, said, toys):
         Pipeline(ServeConfig(models=models))
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:77", "meta:x"])
+def test_a_device_that_there_is_not_is_told(device, classifier):
+    with pytest.raises(AdviceError, match=f"no device '{device}'; it has cpu"):
+        Pipeline(ServeConfig(device=device), classifier)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"max_batch": 0}, {"queue": 0}, {"queue": 8, "max_batch": 9}, {"deadline_s": 0.0}, {"port": 70000},

@@ -96,7 +96,7 @@ def test_the_four_tasks_weigh_their_answers():
     rows = {r["task"]: r for r in report.parts[0].rows}
     assert set(rows) == {"classification", "segmentation", "detection", "depth"}
     assert all(0 < r["preprocessing"] + r["inference"] + r["answer"] <= 1 for r in rows.values())
-    assert rows["depth"]["answer"] > rows["classification"]["answer"]  # 50,000 numbers beside one
+    assert rows["depth"]["answer_kb"] > 50 > 5 > rows["classification"]["answer_kb"]  # 50,000 numbers beside one
 
 
 def test_wrong_options_are_said_before_anything_starts():

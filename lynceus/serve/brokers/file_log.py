@@ -13,6 +13,7 @@ import os
 import re
 import select
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lynceus.core.errors import AdviceError
-from lynceus.serve.brokers import Delivery
+from lynceus.serve.brokers import Delivery, DownError, FullError
 
 LONG = 64 << 20  # bytes of log that are begun anew once all is done
 _RECORD = struct.Struct("<II")  # bytes, checksum
@@ -86,20 +87,23 @@ class _Log:
         return int(_RECORD.unpack(os.pread(self.log, _RECORD.size, offset))[0])
 
     def write(self, events: list[tuple[int, int, int]]) -> None:
-        """Under the lock; applied when it is replayed."""
-        os.write(self.events, b"".join(_EVENT.pack(*e) for e in events))
+        """Under the lock; applied when it is replayed. Raises DownError when the disk takes no more."""
+        size = os.fstat(self.events).st_size
+        size -= size % _EVENT.size
+        try:
+            _append(self.events, size, b"".join(_EVENT.pack(*e) for e in events))
+        except OSError as error:
+            raise DownError(f"The log cannot be written: {error.strerror}.") from None
         self._replay()
 
     def append(self, bodies: list[bytes]) -> None:
-        """Under the lock; a record cut short by a kill is cut off first."""
-        size = self._whole()
-        if os.fstat(self.log).st_size != size:
-            os.ftruncate(self.log, size)
-        data = b"".join(_RECORD.pack(len(b), zlib.crc32(b)) + b for b in bodies)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self.log, view) :]
-        os.fsync(self.log)
+        """Under the lock; a record cut short by a kill is cut off first. Raises FullError when the disk is full."""
+        try:
+            data = b"".join(_RECORD.pack(len(b), zlib.crc32(b)) + b for b in bodies)
+            _append(self.log, self._whole(), data)
+            os.fsync(self.log)
+        except OSError as error:
+            raise FullError(f"The log cannot be written: {error.strerror}.") from None
 
     def _whole(self) -> int:
         """Bytes of the log up to the end of its last whole record."""
@@ -152,6 +156,19 @@ class _Log:
             os.close(fd)
 
 
+def _append(file: int, size: int, data: bytes) -> None:
+    """All of it behind the first `size` bytes, or nothing."""
+    if os.fstat(file).st_size != size:
+        os.ftruncate(file, size)
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(file, view) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
+
 class FileBroker:
     """folder: where the logs stand; the same folder is the same broker, in any process and after a restart."""
 
@@ -159,7 +176,14 @@ class FileBroker:
         if not folder:
             raise AdviceError("The log broker needs a folder: file:FOLDER.")
         self.folder = Path(folder).resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise AdviceError(
+                f"The log broker cannot write into {self.folder} ({error.strerror}); name another: file:FOLDER."
+            ) from None
         self.address = f"file:{self.folder}"
         self._logs: dict[str, _Log] = {}
         self._lock = threading.Lock()
