@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from lynceus.core.rng import borrowed, generator
 from lynceus.tasks.classify import Classify
 
 TRAIN = 45_000  # pictures that are learnt from; the 5,000 after them are the test set of the measurements
-NET = {
+NET: dict[str, Any] = {
     "num_classes": 10, "image_size": (32, 32), "patch_size": 4, "dim": 192, "depth": 6, "heads": 6,
     "class_token": False, "pool": "avg", "init": "scratch",
 }  # fmt: skip

@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from bench._trust import KEPT, digits8
 from lynceus.backbones.vim import Vim, VimConfig
 from lynceus.core.rng import borrowed, generator
 from lynceus.rewrite.prune_tokens import PruneTokens
+from lynceus.rewrite.prune_tokens.places import Carry, Score
 
 SEEDS = (0, 1, 2)
 
@@ -80,8 +81,8 @@ def accuracy(net: nn.Module) -> float:
     return 100 * float((answers == y).float().mean())
 
 
-CARRIES = ("hold", "decay", "decay_prev", "none")
-SCORES = ("clip", "sum", "l1", "l2", "random")
+CARRIES: tuple[Carry, ...] = ("hold", "decay", "decay_prev", "none")
+SCORES: tuple[Score, ...] = ("clip", "sum", "l1", "l2", "random")
 
 
 def measure_accuracy(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -89,7 +90,8 @@ def measure_accuracy(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     nets = [vim_on_digits(seed) for seed in seeds]
     rows: list[dict[str, Any]] = [{"keep": 1.0, "carry": "-", "score": "-", "right": [accuracy(n) for n in nets]}]
     for keep in (0.8, 0.6):
-        tries = [(c, "clip", None) for c in CARRIES] + [("hold", s, None) for s in SCORES[1:]]
+        tries: list[tuple[Carry, Score, Literal["released"] | None]] = [(c, "clip", None) for c in CARRIES]
+        tries += [("hold", s, None) for s in SCORES[1:]]
         for carry, score, compat in [*tries, ("none", "clip", "released")]:
             rule = PruneTokens(blocks=(1, 2), keep=keep, carry=carry, score=score, compat=compat)
             right = [accuracy(rule(net)) for net in nets]

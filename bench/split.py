@@ -55,7 +55,7 @@ def digits() -> Data:
 
 def digits_vit(seed: int, steps: int = 700) -> nn.Module:
     """6 blocks, width 192, 6 heads on 8x8 digits in patches of 2, with a class token; kept like the other nets."""
-    net = {
+    net: dict[str, Any] = {
         "image_size": (8, 8), "patch_size": 2, "dim": 192, "depth": 6, "heads": 6, "class_token": True, "pool": "token",
     }  # fmt: skip
     with borrowed(seed, "digits vit"):
@@ -136,10 +136,10 @@ def ensemble(plan: Plan, count: int, args: argparse.Namespace, seed: int, x: Ten
     total: Any = 0
     small = args.data == "digits"
     for i in range(count):
-        config = replace(plan.net.parts[i].backbone.config, num_classes=10)
+        part: Any = plan.net.parts[i]
+        config = replace(part.backbone.config, num_classes=10)
         with borrowed(seed, "ensemble", i):
-            inner = lynceus.create_model("vit_nano")
-            net = Classify(num_classes=10).build(type(inner)(config))
+            net = Classify(num_classes=10).build(type(part.backbone)(config))
         steps = args.steps * args.rounds
         learn(net, x, y, steps, seed=seed + i, shift=1 if small else 4, lr=1e-3, flip=not small)
         total = total + outputs(net, test).softmax(1)
@@ -195,7 +195,7 @@ def run_pruning(args: argparse.Namespace) -> list[dict[str, Any]]:
                     ("taylor", "fast", "magnitude", "random") if args.fast else ("taylor", "magnitude", "random")
                 ):
                     probe = Probe(part, head, as_float(x[mine]), log_p[mine])
-                    cut = choose(probe, pruned, how, seed=seed)  # type: ignore[arg-type]
+                    cut = choose(probe, pruned, how, seed=seed)
                     small, last = part.cut(cut), cut_head(head, cut, part.backbone.config.dim)
                     right = accuracy(lambda i: last(small(i)), test[theirs], known[theirs])  # noqa: B023
                     rows.append(
@@ -261,20 +261,21 @@ def run_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Untrained weights: time does not depend on them. Dense on one pinned core beside N devices, one core each."""
     rows = []
     cores = sorted(os.sched_getaffinity(0))
-    nets = {
+    nets: dict[str, dict[str, Any]] = {
         "CIFAR ViT, 32 px": {"image_size": (32, 32), "patch_size": 4, "dim": 192, "depth": 6, "heads": 6},
         "ViT-S/16, 224 px": {"image_size": (224, 224), "patch_size": 16, "dim": 384, "depth": 12, "heads": 6},
     }
     for name, options in nets.items():
         options |= {"class_token": True, "pool": "token"}
         model = Classify(num_classes=10).build(lynceus.create_model("vit_nano", num_classes=10, **options))
-        side = options["image_size"][0]  # type: ignore[index]
+        side = options["image_size"][0]
         data = torch.randint(0, 256, (20, 3, side, side), dtype=torch.uint8), torch.arange(20) % 10
         for batch in args.batch:
             image = data[0][:batch]
             dense = pinned(model, image, cores[0], args.repeats)
+            links: tuple[dict[str, Any], ...] = ({}, {"rate": 250e3 if side < 100 else 12.5e6, "delay": 0.002})
             for count, pruned in itertools.product(args.devices, args.pruned):
-                for link in ({}, {"rate": 250e3 if side < 100 else 12.5e6, "delay": 0.002}):
+                for link in links:
                     devices = [Device(name=f"device{i}", **link) for i in range(count)]
                     config = SplitConfig(
                         pruned=pruned, measure="magnitude", rounds=1, retrain=Retrain(steps=0), fusion_steps=0
