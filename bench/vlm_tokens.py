@@ -96,18 +96,21 @@ def scores(q: Tensor, k: Tensor, turned: bool) -> Tensor:
 
 
 def criteria_rows(count: int = 1500) -> list[dict[str, Any]]:
-    """Where the kept quarter lies, and how often a token that shares a direction with the query is kept."""
+    """Where the kept quarter lies, and how often a token that shares a direction with the query is kept.
+
+    Both directions, what all tokens have in common and what the target adds, are drawn anew for every target; at
+    12 x 12 also once for 300 targets, five times, since the figure depends on them."""
     rows = []
-    for side in (24, 12):
-        n, draw = side * side, torch.Generator().manual_seed(0)
+    for side, once in ((24, None), (12, None), *((12, k) for k in range(5))):
+        n, draw = side * side, torch.Generator().manual_seed(once or 0)
         every, grid = torch.ones(1, n, dtype=torch.bool), on_grid([(side, side)], 3)[None]
         thirds: dict[str, list[Tensor]] = {"fastv": [], "fastv without RoPE": []}
         kept: dict[str, list[bool]] = {"fastv": [], "fastv without RoPE": [], "feather": []}
         at = torch.eye(n)[..., None]
-        target = torch.randint(0, n, (count,), generator=draw).tolist()
+        target = torch.randint(0, n, (count if once is None else 300,), generator=draw).tolist()
+        pair = None if once is None else torch.randn(2, 1, 4, 1, 64, generator=draw)
         for t in target:
-            common, along = torch.randn(2, 1, 4, 1, 64, generator=draw).unbind(0)
-
+            common, along = (torch.randn(2, 1, 4, 1, 64, generator=draw) if pair is None else pair).unbind(0)
             early, late = (
                 (
                     (common + 0.5 * torch.randn(1, 4, 1, 64, generator=draw) + strength * along)[:, :, 0],
@@ -125,7 +128,11 @@ def criteria_rows(count: int = 1500) -> list[dict[str, Any]]:
         upper = np.array(target) < n // 2
         for name, found in kept.items():
             hit = np.array(found)
-            row: dict[str, Any] = {"grid": f"{side} x {side}", "way": name}
+            row: dict[str, Any] = {
+                "grid": f"{side} x {side}",
+                "directions": "new" if once is None else once,
+                "way": name,
+            }
             if name in thirds:
                 parts = torch.stack(thirds[name]).mean(0).tolist()
                 row |= {"top third": parts[0], "middle": parts[1], "bottom": parts[2]}
