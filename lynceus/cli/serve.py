@@ -36,7 +36,10 @@ def main(argv: Sequence[str]) -> int:
         raise AdviceError("Serve models, or the chain of --pipeline; start a second server for the other.")
     sys.path.insert(0, str(Path.cwd()))  # where python:MODULE:NAME is looked for first
     from lynceus.serve.config import read_chain
+    from lynceus.serve.memory import keep_freed
     from lynceus.serve.server import serve
+
+    keep_freed()
 
     config = merged(options, "config")
     if config.api_key is None and os.environ.get("LYNCEUS_API_KEY"):  # which no list of processes shows

@@ -96,7 +96,10 @@ def _jpeg(raw: bytes, max_pixels: float, strict: bool, least: tuple[int, int] | 
             return read_image(raw, name="The picture")
         turn = orientation(raw)
         low = (0, 0) if least is None else least if turn < 5 else least[::-1]
-        pixels = simplejpeg.decode_jpeg(raw, "RGB", min_height=low[0], min_width=low[1], strict=strict)
+        # seven to five eighths of the size take longer than the whole
+        pixels = simplejpeg.decode_jpeg(
+            raw, "RGB", min_height=low[0], min_width=low[1], min_factor=1 if least is None else 2, strict=strict
+        )
     except UnreadableError as error:
         raise Corrupt(str(error)) from None
     except ValueError as error:

@@ -30,6 +30,8 @@ from lynceus.serve.metrics import Metrics
 from lynceus.serve.models import Registry, Served
 from lynceus.serve.preprocess import collate
 
+LONE = 1 << 18  # bytes of a JPEG that the model's own thread decodes when it is the only one on the way
+
 
 class Pipeline(Engine):
     """Stages of one process for any number of models.
@@ -55,7 +57,15 @@ class Pipeline(Engine):
 
     def _enter(self, job: Job) -> None:
         self._batches.expect()
-        self._to_decode.put(job)
+        if self._count == 1 and self.config.eager and self._small(job.body):  # spared: the way from thread to thread
+            job.key, job.ready = ("alone", job.id), time.monotonic_ns()
+            self._batches.put(job)
+        else:
+            self._to_decode.put(job)
+
+    @staticmethod
+    def _small(body: Any) -> bool:
+        return not isinstance(body, Tensor) and len(body) <= LONE and body[:2] == b"\xff\xd8"
 
     # stages -----------------------------------------------------------------------------------------
     def _decode(self) -> None:
@@ -67,27 +77,32 @@ class Pipeline(Engine):
             if self._gone(job):
                 self._batches.forget()
                 continue
-            trace = job.trace
-            trace.mark("wait_preprocess")
-            try:
-                image = self._picture(job)
-                trace.mark("decode")
-                job.size = (int(image.shape[-2]), int(image.shape[-1]))
-                if job.keep:
-                    job.picture = image
-                job.body = b""
-                job.image = job.model.prepare(image)
-                job.ready = trace.mark("preprocess")
-                job.key = (id(job.model), job.image.shape, job.image.dtype)
-            except Refused as error:
+            if not self._prepared(job):
                 self._batches.forget()
-                self._finish(job, error)
                 continue
-            except Exception as error:  # whatever a foreign picture does, this thread goes on
-                self._batches.forget()
-                self._finish(job, ModelFailed(f"Preparing the picture failed: {type(error).__name__}."))
-                continue
+            job.key = (id(job.model), job.image.shape, job.image.dtype)  # type: ignore[union-attr]
             self._batches.put(job)
+
+    def _prepared(self, job: Job) -> bool:
+        """Whether the picture is now as its model takes it; else the job was answered with the reason."""
+        trace = job.trace
+        trace.mark("wait_preprocess")
+        try:
+            image = self._picture(job)
+            trace.mark("decode")
+            job.size = (int(image.shape[-2]), int(image.shape[-1]))
+            if job.keep:
+                job.picture = image
+            job.body = b""
+            job.image = job.model.prepare(image)
+            job.ready = trace.mark("preprocess")
+        except Refused as error:
+            self._finish(job, error)
+            return False
+        except Exception as error:  # whatever a foreign picture does, this thread goes on
+            self._finish(job, ModelFailed(f"Preparing the picture failed: {type(error).__name__}."))
+            return False
+        return True
 
     def _picture(self, job: Job) -> Tensor:
         if isinstance(job.body, Tensor):
@@ -105,7 +120,7 @@ class Pipeline(Engine):
             jobs = self._batches.take()
             if jobs is None:
                 return
-            jobs = [job for job in jobs if not self._gone(job)]
+            jobs = [job for job in jobs if not self._gone(job) and (job.image is not None or self._prepared(job))]
             if jobs:
                 self._infer_batch(jobs)
                 del jobs

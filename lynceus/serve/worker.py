@@ -20,6 +20,7 @@ from lynceus.serve.config import ServeConfig
 from lynceus.serve.engine import Answer
 from lynceus.serve.errors import Expired, Refused, WorkerLost
 from lynceus.serve.links import MalformedError, pack, pack_answer, unpack, unpack_job
+from lynceus.serve.memory import keep_freed
 from lynceus.serve.metrics import Metrics
 from lynceus.serve.pipeline import Pipeline
 from lynceus.serve.spans import Trace
@@ -211,6 +212,7 @@ def _work(told: dict[str, Any], out: Any, state: dict[str, Any]) -> None:
         sys.path[:0] = [p for p in told["path"] if p not in sys.path]
         import torch
 
+        keep_freed()
         config = ServeConfig(**{**told["config"], "models": tuple(told["config"]["models"])})
         torch.set_num_threads(max(1, config.threads))
         counts = BatchCounts()

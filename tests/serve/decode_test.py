@@ -68,6 +68,7 @@ def test_small_decoding_reaches_what_is_asked_for():
     assert small.shape[1] >= 100
     assert small.shape[2] >= 120
     assert small.shape[1] < 350
+    assert decode(raw, least=(400, 400)).shape == (3, 700, 900)  # five eighths would take longer than all
 
 
 def test_cut_and_flipped_jpegs_are_corrupt_or_decode_as_offline():

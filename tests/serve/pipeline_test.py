@@ -144,6 +144,28 @@ def test_a_corrupt_member_does_not_hurt_its_batch(classifier, files):
         assert pipeline.stats()["refused"] == {"corrupt": 1}
 
 
+def test_a_lone_jpeg_spares_a_thread_and_is_answered_the_same(classifier, files, monkeypatch):
+    where = []
+    plain = Pipeline._prepared
+    monkeypatch.setattr(
+        Pipeline, "_prepared", lambda p, job: where.append(threading.current_thread().name) or plain(p, job)
+    )
+    raws = [encode(picture(60, 80, seed), quality=90) for seed in range(3)]
+    with Pipeline(ServeConfig(), classifier) as pipeline:
+        lone = [ask(pipeline, [raw])[0] for raw in raws]
+        with pytest.raises(Corrupt):
+            pipeline.submit(raws[0][:300]).result(30)
+        assert set(where) == {"lynceus-infer"}
+        names = [n for n, _, _ in lone[0].trace.spans]
+        assert names == [n for n in SPANS if n in names]
+        assert {"wait_preprocess", "decode", "preprocess", "wait_batch", "infer"} <= set(names)
+        crowd = ask(pipeline, raws * 8)
+        assert "lynceus-decode" in where
+        assert pipeline.count == 0
+    for one, other in zip(lone, crowd):
+        assert abs(np.array(one.result["scores"]) - np.array(other.result["scores"])).max() < 1e-5
+
+
 def test_raising_and_nan_fail_that_picture_only(toys):
     plain = np.full((16, 16, 3), 120, np.uint8)
     raws = [encode(plain, "PNG")] * 7
