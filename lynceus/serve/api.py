@@ -9,24 +9,27 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import time
 from collections import OrderedDict, deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
 
 import lynceus
-from lynceus.core.errors import AdviceError
+from lynceus.core.errors import AdviceError, unknown
 from lynceus.serve.bodies import pictures
 from lynceus.serve.config import ServeConfig, check_hot
 from lynceus.serve.engine import Answer, new_id
 from lynceus.serve.errors import Cancelled, ModelFailed, Overloaded, Refused, TooLarge
 from lynceus.serve.protocol import BEGUN, CANCEL
+from lynceus.serve.schema import PREDICT, SETTINGS
 from lynceus.serve.spans import Trace
 
 _PREDICT = re.compile(r"/predict|/models/([^/]{1,200})/predict")
@@ -34,6 +37,7 @@ _ID = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _JSON = (b"content-type", b"application/json")
 OPEN = ("/health", "/ready", "/")  # without a key
 PAGE = Path(__file__).with_name("page.html")
+QUERY = ("trace", "scores", "version", "deadline_s")
 FEW = 100  # classes: the scores of so many are always in the answer
 LONG = 1 << 18  # bytes of JSON or of a form that another thread reads
 log = logging.getLogger("lynceus.serve")
@@ -120,9 +124,7 @@ class Door:
         value: dict[str, Any] = {}
         body: bytes | None = None
         try:
-            query = (
-                parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=16) if scope["query_string"] else {}
-            )
+            ask = _Ask.of(scope["query_string"], headers)
             sent = await self._body(headers, receive, reserved)
             kind = headers.get(b"content-type", b"").decode("latin-1")
             if len(sent) > LONG and kind.lstrip().lower().startswith(("application/json", "multipart/")):
@@ -130,9 +132,7 @@ class Door:
             else:
                 given_images, many = pictures(kind, sent, max_images=self.config.max_images)
             del sent
-            version = query.get("version", [None])[0]
-            outcomes = await self._ask(scope, given_images, name, version, trace, receive, query)
-            ask = _Ask.of(query, headers)
+            outcomes = await self._ask(scope, given_images, name, trace, receive, ask)
             if many:
                 results = [self._one(outcome, ask) for outcome in outcomes]
                 value = {"id": trace.id, "results": results}
@@ -221,21 +221,15 @@ class Door:
         scope: Any,
         images: list[bytes],
         name: str | None,
-        version: str | None,
         trace: Trace,
         receive: Any,
-        query: Any,
+        ask: "_Ask",
     ) -> list[Any]:
         """Outcomes (Answer or Refused) of all pictures; gives them up when the client goes."""
         loop = asyncio.get_running_loop()
         if self._bridge is None or self._bridge._loop is not loop:
             self._bridge = Bridge(loop)
         bridge = self._bridge
-        deadline = None
-        if "deadline_s" in query:
-            deadline = max(0.0, float(query["deadline_s"][0]))
-            if deadline != deadline:
-                raise ValueError
         jobs: list[Any] = []
         futures: list[asyncio.Future[Any]] = []
         trace.mark("receive")
@@ -245,7 +239,12 @@ class Door:
             try:
                 jobs.append(
                     self.engine.start(
-                        image, _giver(bridge, future), model=name, version=version, trace=own, deadline_s=deadline
+                        image,
+                        _giver(bridge, future),
+                        model=name,
+                        version=ask.version,
+                        trace=own,
+                        deadline_s=ask.deadline_s,
                     )
                 )
             except Refused as error:
@@ -330,19 +329,40 @@ class _Stopping(Overloaded, _Closing):
 
 
 class _Ask:
-    """What a client wants to see."""
+    """What a client wants to see, of its query and headers."""
 
-    __slots__ = ("scores", "trace")
+    __slots__ = ("deadline_s", "scores", "trace", "version")
+    switches: ClassVar = {"1": True, "true": True, "0": False, "false": False}
 
-    def __init__(self, trace: bool, scores: bool):
-        self.trace, self.scores = trace, scores
+    def __init__(self) -> None:
+        self.trace = self.scores = False
+        self.version: str | None = None
+        self.deadline_s: float | None = None
 
     @classmethod
-    def of(cls, query: dict[str, list[str]], headers: dict[bytes, bytes]) -> "_Ask":
-        def on(name: str, header: bytes) -> bool:
-            return query.get(name, ["0"])[0] in ("1", "true") or headers.get(header) in (b"1", b"true")
-
-        return cls(on("trace", b"x-trace"), on("scores", b"x-scores"))
+    def of(cls, query: bytes, headers: dict[bytes, bytes]) -> "_Ask":
+        made = cls()
+        made.trace = headers.get(b"x-trace") in (b"1", b"true")
+        made.scores = headers.get(b"x-scores") in (b"1", b"true")
+        if not query:
+            return made
+        for name, (value, *_) in parse_qs(query.decode("latin-1"), True, max_num_fields=16).items():
+            if name in ("trace", "scores"):
+                if value not in cls.switches:
+                    raise Refused(f"{name} is 1 or 0.")
+                setattr(made, name, cls.switches[value])
+            elif name == "version":
+                made.version = value
+            elif name == "deadline_s":
+                try:
+                    made.deadline_s = float(value)
+                except ValueError:
+                    made.deadline_s = math.nan
+                if not made.deadline_s >= 0:
+                    raise Refused("deadline_s is a number of seconds, at least 0.")
+            else:
+                raise Refused(str(unknown("query option", name[:40], QUERY)))
+        return made
 
 
 def shown(result: dict[str, Any], *, scores: bool) -> dict[str, Any]:
@@ -380,6 +400,14 @@ def _pages(door: Door) -> FastAPI:
     @app.exception_handler(AdviceError)
     async def advise(request: Request, error: AdviceError) -> JSONResponse:
         return JSONResponse({"error": str(error), "kind": "bad_request"}, 400)
+
+    @app.exception_handler(HTTPException)
+    async def nothing_there(request: Request, error: HTTPException) -> JSONResponse:
+        text, kind = "There is nothing here; /docs lists what there is.", "unknown_path"
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "POST")
+            text, kind = f"{request.method} is not answered here, but {allowed}; see /docs.", "wrong_method"
+        return JSONResponse({"error": text, "kind": kind}, error.status_code, headers=error.headers)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Any:
@@ -420,7 +448,7 @@ def _pages(door: Door) -> FastAPI:
     async def settings() -> dict[str, Any]:
         return engine.config.hot
 
-    @app.patch("/settings", summary="Change hot settings")
+    @app.patch("/settings", summary="Change hot settings", openapi_extra=SETTINGS)
     async def change(request: Request) -> dict[str, Any]:
         body = b""
         async for chunk in request.stream():
@@ -440,58 +468,11 @@ def _pages(door: Door) -> FastAPI:
             return JSONResponse({"error": "There is no trace of this id any more.", "kind": "unknown_trace"}, 404)
         return found.to_dict() if format == "spans" else found.chrome()
 
-    schema: dict[str, Any] = {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
-                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-                "application/x-npy": {"schema": {"type": "string", "format": "binary"}},
-                "multipart/form-data": {
-                    "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
-                },
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {
-                            "image": {"type": "string", "format": "byte"},
-                            "images": {"type": "array", "items": {"type": "string", "format": "byte"}},
-                        },
-                    }
-                },
-            },
-        },
-        "parameters": [
-            {"name": n, "in": "query", "schema": {"type": t}, "description": d}
-            for n, t, d in (
-                ("trace", "boolean", "1: the spans of this request in the answer"),
-                ("scores", "boolean", "1: the scores of all classes, however many"),
-                ("version", "string", "version of the model"),
-                ("deadline_s", "number", "seconds after which an answer is of no use"),
-            )
-        ],
-        "responses": {
-            str(code): {"description": text}
-            for code, text in (
-                (400, "The request cannot be read"),
-                (401, "The key is missing"),
-                (404, "There is no such model"),
-                (408, "The body did not come in time"),
-                (413, "The request or picture is too large"),
-                (415, "Not a picture"),
-                (422, "The picture is damaged"),
-                (500, "The model failed for this picture"),
-                (503, "Too much is on the way; see Retry-After"),
-                (504, "The deadline has passed"),
-            )
-        },
-    }
-
-    @app.post("/predict", summary="What the first model says of a picture", openapi_extra=schema)
+    @app.post("/predict", summary="What the first model says of a picture", openapi_extra=PREDICT)
     async def predict() -> Response:
         raise ModelFailed("unreachable: Door answers this")
 
-    @app.post("/models/{name}/predict", summary="What a model says of a picture", openapi_extra=schema)
+    @app.post("/models/{name}/predict", summary="What a model says of a picture", openapi_extra=PREDICT)
     async def predict_with(name: str) -> Response:
         raise ModelFailed("unreachable: Door answers this")
 

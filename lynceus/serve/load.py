@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import random
+import socket
 import struct
 import subprocess
 import sys
@@ -205,7 +206,14 @@ def run(url: str, requests: Sequence[Request], load: Load, *, keep: int = 0, hea
     load = load.checked()
     if not requests:
         raise AdviceError("A load needs at least one request; the list was empty.")
-    target(url)
+    host, port, _ = target(url)
+    try:
+        socket.create_connection((host, port), timeout=min(10.0, load.timeout)).close()
+    except OSError as error:
+        raise AdviceError(
+            f"Nothing answers at {url} ({error.strerror or error}): is the server up? "
+            f"`curl {url}` should say something."
+        ) from None
     kinds = sorted({r.kind for r in requests})
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -254,10 +262,14 @@ def _share(load: Load, i: int) -> Load:
 
 def target(url: str) -> tuple[str, int, str]:
     """Host, port and path of a plain http address."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = 80 if parts.port is None else parts.port
+    except ValueError as error:
+        raise AdviceError(f"{url!r} is no http://HOST:PORT/PATH address: {error}.") from None
     if parts.scheme != "http" or not parts.hostname:
-        raise AdviceError(f"{url!r} is no http://HOST:PORT/PATH address.")
-    return parts.hostname, parts.port or 80, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        raise AdviceError(f"{url!r} is no http://HOST:PORT/PATH address; https is spoken by a proxy before the server.")
+    return parts.hostname, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
 def _spawn(plan: dict[str, Any], requests: Sequence[Request]) -> subprocess.Popen[bytes]:

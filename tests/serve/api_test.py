@@ -130,6 +130,23 @@ def test_what_cannot_be_answered_says_why(server, status, options):
     assert got.json()["kind"]
 
 
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("trcae=1", "Did you mean 'trace'"),
+        ("trace=yes", "trace is 1 or 0"),
+        ("scores=2", "scores is 1 or 0"),
+        ("deadline_s=nan", "number of seconds"),
+        ("deadline_s=soon", "number of seconds"),
+        ("deadline_s=-1", "number of seconds"),
+    ],
+)
+def test_query_options_are_not_passed_over(server, query, said):
+    got = post(server, f"/predict?{query}", data=PNG)
+    assert got.status_code == 400
+    assert said in got.json()["error"]
+
+
 def test_a_failing_model_is_500_for_that_picture_only(server):
     white = encode(np.full((9, 9, 3), 255, np.uint8), "PNG")
     black = encode(np.zeros((9, 9, 3), np.uint8), "PNG")
@@ -176,8 +193,17 @@ def test_health_stats_metrics_page_and_schema(server):
     schema = requests.get(server.url + "/openapi.json").json()
     assert {"/predict", "/models/{name}/predict", "/health", "/ready", "/metrics", "/models"} <= set(schema["paths"])
     assert "image/jpeg" in schema["paths"]["/predict"]["post"]["requestBody"]["content"]
-    assert requests.get(server.url + "/nothing").status_code == 404
-    assert requests.get(server.url + "/predict").status_code == 405
+    post_of = schema["paths"]["/predict"]["post"]
+    sent = post_of["requestBody"]["content"]["application/json"]["examples"]
+    assert all(post(server, json=example["value"]).status_code == 200 for example in sent.values())
+    assert all("example" in str(answer) for answer in post_of["responses"].values())
+    for method, path, status, kind in (
+        ("GET", "/nothing", 404, "unknown_path"),
+        ("GET", "/predict", 405, "wrong_method"),
+    ):
+        got = requests.request(method, server.url + path)
+        assert (got.status_code, got.json()["kind"]) == (status, kind)
+        assert "/docs" in got.json()["error"]
 
 
 def test_hot_settings(server):

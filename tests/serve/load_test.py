@@ -75,7 +75,7 @@ def test_a_closed_loop_keeps_its_connections_and_sends_what_it_was_given():
 
     with stub(answer) as (url, seen):
         result = run(url, SMALL, Load(concurrency=3, duration=0.4, warmup=0.1), keep=5, header={"X-API-Key": "k"})
-    assert seen["connections"] == 3
+    assert seen["connections"] == 3 + 1  # one that looked whether the server is there
     assert bodies == {r.body for r in SMALL}
     assert len(result) > 10
     assert result.count(200) == len(result)
@@ -161,7 +161,7 @@ def test_it_reads_the_forms_of_http(raw):
     with stub(lambda *_: raw) as (url, seen):
         result = run(url, SMALL, Load(concurrency=1, duration=0.2, warmup=0.0), keep=3)
     assert set(result.bodies) == {b"abcde"}
-    assert seen["connections"] == 1
+    assert seen["connections"] == 1 + 1
 
 
 def test_a_server_that_closes_after_each_answer_is_met_with_new_connections():
@@ -180,7 +180,7 @@ def test_a_lost_connection_is_a_failure_and_the_run_goes_on():
 def test_processes_share_the_load():
     with stub(lambda *_: ok()) as (url, seen):
         closed = run(url, SMALL, Load(concurrency=3, duration=0.3, warmup=0.0, processes=2))
-        assert seen["connections"] == 3
+        assert seen["connections"] == 3 + 1
         opened = run(url, SMALL, Load(rate=200, duration=1.0, warmup=0.0, processes=2))
     assert closed.count(200) == len(closed)
     assert abs(len(opened) - 200) < 5 * 200**0.5
@@ -220,6 +220,9 @@ def test_what_is_wrong_is_said_before_anything_is_sent():
             run("http://127.0.0.1:9", SMALL, load)
     with pytest.raises(AdviceError, match="http://HOST"):
         run("https://127.0.0.1:9", SMALL, Load(concurrency=1))
+    for url in ("http://127.0.0.1:99999", "http://[::1", "http://127.0.0.1:x"):
+        with pytest.raises(AdviceError, match="http://HOST"):
+            run(url, SMALL, Load(concurrency=1))
     with pytest.raises(AdviceError, match="at least one request"):
         run("http://127.0.0.1:9", [], Load(concurrency=1))
     with pytest.raises(AdviceError, match="Nothing answers"):
