@@ -1,6 +1,7 @@
 """Token pruning of state-space models: accuracy on digits for every rule and score, and measured time beside FLOPs.
 
 python -m bench.prune_tokens accuracy            # three Vims of width 24 on 8x8 digits, pruned without fine-tuning
+python -m bench.prune_tokens why                 # what the scores drop, and what dropping empty pixels first would give
 python -m bench.prune_tokens tune                # two epochs of fine-tuning with pruning active
 python -m bench.prune_tokens speed --threads 1   # vim_tiny at 224, batch 8, cuts after blocks 5, 10 and 15
 """
@@ -15,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -83,6 +85,7 @@ def accuracy(net: nn.Module) -> float:
 
 CARRIES: tuple[Carry, ...] = ("hold", "decay", "decay_prev", "none")
 SCORES: tuple[Score, ...] = ("clip", "sum", "l1", "l2", "random")
+DRAWS = 10  # of random scores, each of which drops the same places of all pictures
 
 
 def measure_accuracy(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -94,7 +97,8 @@ def measure_accuracy(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         tries += [("hold", s, None) for s in SCORES[1:]]
         for carry, score, compat in [*tries, ("none", "clip", "released")]:
             rule = PruneTokens(blocks=(1, 2), keep=keep, carry=carry, score=score, compat=compat)
-            right = [accuracy(rule(net)) for net in nets]
+            rules = [replace(rule, seed=10 * k) for k in range(DRAWS)] if score == "random" else [rule]
+            right = [statistics.mean(accuracy(r(net)) for r in rules) for net in nets]
             rows.append({"keep": keep, "carry": compat or carry, "score": score, "right": right})
     return [{**r, "mean": statistics.mean(r["right"])} for r in rows]
 
@@ -111,6 +115,36 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, float]:
     found["clip - random - 5, keep .8"] = mean[0.8, "hold", "clip"] - mean[0.8, "hold", "random"] - 5
     found["clip - sum + 1, keep .8"] = mean[0.8, "hold", "clip"] - mean[0.8, "hold", "sum"] + 1
     return found
+
+
+@torch.no_grad()
+def measure_reasons(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Per seed and ratio: which share of the dropped pixels is empty, and percent right when pixels are dropped by
+    their ink alone, the emptiest or the darkest first. A score that cannot be beaten would keep the ink."""
+    _, _, x, y = digits8()
+    ink = x[:, 0].flatten(1)
+    rows = []
+    for seed in seeds:
+        net = vim_on_digits(seed)
+        for keep in (0.8, 0.6):
+            made: Any = PruneTokens(blocks=(1, 2), keep=keep)(net)
+            gone = ~made.inspect((x - 0.5) / 0.4).masks[-1].flatten(1)
+            row: dict[str, Any] = {"seed": seed, "keep": keep, "clip": accuracy(made)}
+            row |= {
+                "empty": float((ink == 0).float().mean()),
+                "empty among dropped": float((ink[gone] == 0).float().mean()),
+            }
+            middle = ink.shape[1] // 2  # where the class token stands
+            for name, sign in (("emptiest first", 1.0), ("darkest first", -1.0)):
+                score = sign * ink + 1e-3 * torch.rand(ink.shape, generator=generator(seed, "ties"))
+                score = torch.cat([score[:, :middle], score.new_zeros(len(score), 1), score[:, middle:]], 1)
+                right = 0
+                for part in torch.arange(len(x)).split(90):
+                    made._score = lambda gated, block, places, some=score[part]: some.gather(1, places.at)
+                    right += int((made((x[part] - 0.5) / 0.4).argmax(1) == y[part]).sum())
+                row[name] = 100 * right / len(x)
+            rows.append(row)
+    return rows
 
 
 def measure_tuning(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -171,7 +205,7 @@ def flops(net: nn.Module, x: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["accuracy", "tune", "speed"], default=[])
+    parser.add_argument("what", nargs="*", choices=["accuracy", "why", "tune", "speed"], default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
@@ -179,13 +213,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.threads} thread(s)")
-    wanted = args.what or ["accuracy", "tune", "speed"]
+    wanted = args.what or ["accuracy", "why", "tune", "speed"]
     if "accuracy" in wanted:
         rows = measure_accuracy(tuple(args.seeds))
         for row in rows:
             print(json.dumps(row), flush=True)
         for name, value in verdicts(rows).items():
             print(f"{value:+7.2f}  {name}", flush=True)
+    if "why" in wanted:
+        for row in measure_reasons(tuple(args.seeds)):
+            print(json.dumps(row), flush=True)
     if "tune" in wanted:
         measure_tuning(tuple(args.seeds))
     if "speed" in wanted:
