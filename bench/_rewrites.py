@@ -1,11 +1,15 @@
-"""The network that the rewrites of transformers are measured on: a ViT of 6 blocks, width 192, on CIFAR-10."""
+"""What the rewrites are measured with: networks trained once and kept, times taken in turns, and a ViT of 6 blocks,
+width 192, on CIFAR-10."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import os
+import statistics
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +29,57 @@ NET: dict[str, Any] = {
 }  # fmt: skip
 
 
+def kept(name: str, recipe: str, model: nn.Module, train: Callable[[], None]) -> nn.Module:
+    """`model` in eval mode, after `train()` changed it in place; or as an earlier call left it in the folder of the
+    temporary files.
+
+    recipe: all that the training depends on, usually its source: with another one the training runs anew."""
+    path = KEPT / f"{name}-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.safetensors"
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    train()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file(model.state_dict(), part)
+    os.replace(part, path)
+    return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one of several models, by the wall's clock and by the processor's, turn by turn."""
+
+    wall: list[float]
+    processor: list[float]
+
+    def faster(self, first: Times) -> dict[str, float]:
+        """How many times as fast as `first`: medians over the turns, and of the least; the least milliseconds."""
+        return {
+            "speed": round(statistics.median(a / b for a, b in zip(first.wall, self.wall)), 3),
+            "speed, least": round(min(first.wall) / min(self.wall), 3),
+            "speed by processor time": round(
+                statistics.median(a / b for a, b in zip(first.processor, self.processor)), 3
+            ),
+            "speed by processor time, least": round(min(first.processor) / min(self.processor), 3),
+            "ms": round(1e3 * min(self.wall), 1),
+        }
+
+
+def in_turns(models: Mapping[str, nn.Module], x: Tensor, repeats: int) -> dict[str, Times]:
+    """Times of every model on x, `repeats` turns after one that does not count."""
+    times = {name: Times(wall=[], processor=[]) for name in models}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for name, model in models.items():
+                wall, processor = time.perf_counter(), time.process_time()
+                model(x)
+                if turn:
+                    times[name].wall.append(time.perf_counter() - wall)
+                    times[name].processor.append(time.process_time() - processor)
+    return times
+
+
 def fresh_vit(seed: int = 0) -> nn.Module:
     """The predictor before training: pixels (b, 3, 32, 32), uint8 or float in [0, 1] -> ten logits."""
     with borrowed(seed, "cifar vit"):
@@ -38,11 +93,11 @@ def cifar_vit(seed: int = 0, *, seconds: float = 600.0) -> tuple[nn.Module, Tens
     tokens). Kept in a folder of the temporary files; a change of this function, the net or the options trains anew."""
     test = cifar(5000, TRAIN)
     model = fresh_vit(seed)
-    recipe = inspect.getsource(cifar_vit) + inspect.getsource(step) + repr((NET, seed, seconds))
-    path = KEPT / f"cifar-vit-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.safetensors"
-    if path.is_file():
-        model.load_state_dict(load_file(path))
-        return model.eval(), *test
+    recipe = inspect.getsource(train_vit) + inspect.getsource(step) + repr((NET, seed, seconds))
+    return kept("cifar-vit", recipe, model, lambda: train_vit(model, seed, seconds)), *test
+
+
+def train_vit(model: nn.Module, seed: int, seconds: float) -> None:
     x, y = cifar(TRAIN)
     draw = generator(seed, "cifar vit order")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, betas=(0.9, 0.98))
@@ -52,11 +107,6 @@ def cifar_vit(seed: int = 0, *, seconds: float = 600.0) -> tuple[nn.Module, Tens
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 20 * done, 1.02 - done)
         part = torch.randint(len(x), (64,), generator=draw)
         step(model, optimizer, x[part], y[part], draw, half=done < 0.6)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part_file = path.with_suffix(f".{os.getpid()}.part")
-    save_file(model.state_dict(), part_file)
-    os.replace(part_file, path)
-    return model.eval(), *test
 
 
 def shifted(image: Tensor, draw: torch.Generator) -> Tensor:

@@ -3,17 +3,14 @@ models."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench._trust import KEPT
+from bench._rewrites import kept
 from lynceus.backbones.vit import ViT, ViTConfig
 from lynceus.core.rng import borrowed, generator
 
@@ -85,12 +82,13 @@ class Segmenter(nn.Module):
 def segmenter(seed: int = 0) -> Segmenter:
     """Trained for some processor minutes; kept in a folder of the temporary files."""
     recipe = inspect.getsource(scenes) + inspect.getsource(Segmenter) + repr((seed, STEPS, BATCH))
-    path = KEPT / f"segmenter-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.safetensors"
     with borrowed(seed, "segmenter"):
         net = Segmenter()
-    if path.is_file():
-        net.load_state_dict(load_file(path))
-        return net.eval()
+    kept("segmenter", recipe, net, lambda: train_segmenter(net, seed))
+    return net
+
+
+def train_segmenter(net: Segmenter, seed: int) -> None:
     draw = generator(seed, "segmenter order")
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS, pct_start=0.1)
@@ -106,11 +104,6 @@ def segmenter(seed: int = 0) -> Segmenter:
         cycle.step()
         if step % 100 == 99:
             print(f"segmenter {seed}: step {step + 1} of {STEPS}, loss {float(loss.detach()):.3f}", flush=True)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part_file = path.with_suffix(f".{os.getpid()}.part")
-    save_file(net.state_dict(), part_file)
-    os.replace(part_file, path)
-    return net.eval()
 
 
 @torch.no_grad()

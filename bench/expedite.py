@@ -1,7 +1,7 @@
 """Expedite: mIoU without fine-tuning beside naive up-sampling and token merging, and measured time beside MACs.
 
 python -m bench.expedite fidelity --seeds 0 1 2   # small ViT segmenters on generated scenes (trained for minutes, kept)
-python -m bench.expedite speed --threads 1        # ViT-S and Swin-T at 512 pixels, in turns with the plain ones
+python -m bench.expedite speed --threads 1        # ViT-S, Swin-T and Swin-S at 512 pixels, in turns with the plain ones
 python -m bench.expedite large                    # ViT-L/16 at 640, alpha 10, 28x28 clusters
 
 Goals: a drop of at most 4 points and at least 2 above naive at alpha 3, 8x8 of 16x16; 1.4x at 512 pixels; ViT-L with at
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lynceus
+from bench._rewrites import in_turns
 from bench._segmenter import Segmenter, mean_iou, scenes, segmenter
 from lynceus.core.cost import cost
 from lynceus.rewrite.expedite import Expedite
@@ -136,50 +136,36 @@ def fidelity(seeds: list[int], pictures: int) -> list[dict[str, Any]]:
     return rows
 
 
-def in_turns(models: dict[str, nn.Module], x: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Time of the first model / time of each, wall and processor; MACs of each / those of the first."""
-    walls: dict[str, list[float]] = {name: [] for name in models}
-    own: dict[str, list[float]] = {name: [] for name in models}
-    first = next(iter(models))
-    with torch.inference_mode():
-        for turn in range(repeats + 1):
-            for name, model in models.items():
-                wall, processor = time.perf_counter(), time.process_time()
-                model(x)
-                if turn:
-                    walls[name].append(time.perf_counter() - wall)
-                    own[name].append(time.process_time() - processor)
+def compared(models: dict[str, nn.Module], x: Tensor, repeats: int) -> None:
+    """Prints the MACs of each model / those of the first, and how many times as fast it is."""
+    times, first = in_turns(models, x, repeats), next(iter(models))
     whole = cost(models[first], x).macs
-    return [
-        {
-            "model": name,
-            "MACs": round(cost(model, x).macs / whole, 3),
-            "speed": round(statistics.median(a / b for a, b in zip(walls[first], walls[name])), 3),
-            "speed by processor time": round(statistics.median(a / b for a, b in zip(own[first], own[name])), 3),
-            "ms": round(1e3 * min(walls[name]), 1),
-        }
-        for name, model in models.items()
-    ]
+    for name, model in models.items():
+        share = round(cost(model, x).macs / whole, 3)
+        print(json.dumps({"model": name, "MACs": share, **times[name].faster(times[first])}), flush=True)
 
 
 def speed(repeats: int) -> None:
+    """Beside every try its bound: the same blocks on one cluster (per window), which costs next to nothing."""
     x = torch.randn(1, 3, 512, 512)
     wanted: dict[str, list[dict[str, Any]]] = {
         "vit_small": [{"alpha": 4, "clusters": (16, 16)}, {"alpha": 5, "clusters": (16, 16)}],
-        "swin_tiny_patch4_window7_224": [{"alpha": 1, "clusters": (4, 4)}],
+        "swin_tiny_patch4_window7_224": [{"alpha": 1, "clusters": (4, 4)}, {"alpha": 0, "clusters": (4, 4)}],
+        "swin_small_patch4_window7_224": [{"alpha": 4, "clusters": (4, 4)}, {"alpha": 2, "clusters": (4, 4)}],
     }
     for name, tries in wanted.items():
         net = lynceus.create_model(name).eval()
-        models = {name: net, **{f"alpha {t['alpha']}, {t['clusters']}": Expedite(**t)(net) for t in tries}}
-        for row in in_turns(models, x, repeats):
-            print(json.dumps(row), flush=True)
+        models: dict[str, nn.Module] = {name: net}
+        for t in tries:
+            models[f"alpha {t['alpha']}, {t['clusters']}"] = Expedite(**t)(net)
+            models[f"alpha {t['alpha']}, bound"] = Expedite(alpha=t["alpha"], clusters=(1, 1), iterations=0)(net)
+        compared(models, x, repeats)
 
 
 def large(repeats: int) -> None:
     net = lynceus.create_model("vit_large", image_size=(640, 640), num_classes=0).eval()
-    models = {"vit_large at 640": net, "alpha 10, 28x28": Expedite(alpha=10, clusters=(28, 28))(net)}
-    for row in in_turns(models, torch.randn(1, 3, 640, 640), repeats):
-        print(json.dumps(row), flush=True)
+    models: dict[str, nn.Module] = {"vit_large at 640": net, "alpha 10, 28x28": Expedite(alpha=10, clusters=(28, 28))(net)}
+    compared(models, torch.randn(1, 3, 640, 640), repeats)
 
 
 def main() -> None:

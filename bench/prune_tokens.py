@@ -9,23 +9,20 @@ python -m bench.prune_tokens speed --threads 1   # vim_tiny at 224, batch 8, cut
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import json
-import os
 import platform
 import statistics
-import time
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lynceus
-from bench._trust import KEPT, digits8
+from bench._rewrites import in_turns, kept
+from bench._trust import digits8
 from lynceus.backbones.vim import Vim, VimConfig
 from lynceus.core.rng import borrowed, generator
 from lynceus.rewrite.prune_tokens import PruneTokens
@@ -42,22 +39,18 @@ def new_vim() -> Vim:
 
 def vim_on_digits(seed: int) -> Vim:
     """Width 24, depth 4, patch 1, class token in the middle: AdamW at 4e-3, 36 epochs in two cycles; kept."""
-    recipe = inspect.getsource(new_vim) + inspect.getsource(vim_on_digits) + repr(seed)
-    path = KEPT / f"vim-digits-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}.safetensors"
     with borrowed(seed, "vim on digits"):
         net = new_vim()
-    if path.is_file():
-        net.load_state_dict(load_file(path))
-        return net.eval()
-    x, y, _, _ = digits8()
-    net.train()
-    for cycle in range(2):
-        train(net, (x - 0.5) / 0.4, y, seed=2 * seed + cycle, epochs=18, rate=4e-3)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file(net.state_dict(), part)
-    os.replace(part, path)
-    return net.eval()
+
+    def learn() -> None:
+        x, y, _, _ = digits8()
+        net.train()
+        for cycle in range(2):
+            train(net, (x - 0.5) / 0.4, y, seed=2 * seed + cycle, epochs=18, rate=4e-3)
+
+    recipe = inspect.getsource(new_vim) + inspect.getsource(vim_on_digits) + inspect.getsource(train) + repr(seed)
+    kept("vim-digits", recipe, net, learn)
+    return net
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, *, seed: int, epochs: int, rate: float, batch: int = 64) -> None:
@@ -164,33 +157,15 @@ def measure_tuning(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def measure_speed(repeats: int, batch: int) -> list[dict[str, Any]]:
-    """vim_tiny at 224 pixels: time of the pruned pass / time of the dense one, in turns, beside the FLOPs counted."""
+    """vim_tiny at 224 pixels: how many times as fast as the dense pass, in turns, beside the FLOPs counted."""
     net, x = lynceus.create_model("vim_tiny").eval(), torch.randn(batch, 3, 224, 224)
     models: dict[str, nn.Module] = {"dense": net}
     for keep in (0.8, 0.6):
         for carry in ("hold", "decay", "decay_prev"):
             models[f"keep {keep}, {carry}"] = PruneTokens(blocks=(5, 10, 15), keep=keep, carry=carry)(net)
-    walls: dict[str, list[float]] = {name: [] for name in models}
-    processor: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for turn in range(repeats + 1):
-            for name, model in models.items():
-                wall, own = time.perf_counter(), time.process_time()
-                model(x)
-                if turn:
-                    walls[name].append(time.perf_counter() - wall)
-                    processor[name].append(time.process_time() - own)
-    whole = flops(net, x[:1])
+    times, whole = in_turns(models, x, repeats), flops(net, x[:1])
     return [
-        {
-            "model": name,
-            "flops": flops(model, x[:1]) / whole,
-            "wall": statistics.median(a / b for a, b in zip(walls[name], walls["dense"])),
-            "wall, least": min(walls[name]) / min(walls["dense"]),
-            "processor": statistics.median(a / b for a, b in zip(processor[name], processor["dense"])),
-            "processor, least": min(processor[name]) / min(processor["dense"]),
-            "ms": 1e3 * min(walls[name]),
-        }
+        {"model": name, "flops": round(flops(model, x[:1]) / whole, 3), **times[name].faster(times["dense"])}
         for name, model in models.items()
     ]
 
