@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lynceus.backbones._base import Backbone, BackboneConfig
 from lynceus.backbones._init import init_linears
 from lynceus.core.errors import AdviceError
-from lynceus.core.shapes import pad_map
 from lynceus.core.types import Stage
 from lynceus.layers.embed import PatchEmbed
 from lynceus.layers.fused import linear
@@ -28,6 +27,7 @@ from lynceus.layers.mixers import MixerSite, Place
 from lynceus.layers.mlp import Mlp
 from lynceus.layers.norm import LayerNorm2d
 from lynceus.layers.position import resize_position, sincos_table
+from lynceus.layers.window import from_windows, to_windows
 
 Window = tuple[int, int] | None
 
@@ -110,7 +110,7 @@ class RelativeAttention(nn.Module):
             cells = q.unflatten(2, (h, w))
             rows = torch.einsum("bghwc,hkc->bghwk", cells, relative(self.rel_pos_h, h))
             columns = torch.einsum("bghwc,wkc->bghwk", cells, relative(self.rel_pos_w, w))
-            bias = (rows[..., :, None] + columns[..., None, :]).reshape(b, self.heads, h * w, h * w)
+            bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return linear(self.proj, y.transpose(1, 2).reshape(b, h, w, c))
 
@@ -124,7 +124,7 @@ def relative(table: Float[Tensor, "n c"], size: int) -> Float[Tensor, "q k c"]:
 
 def resize_line(table: Float[Tensor, "n c"], count: int) -> Float[Tensor, "m c"]:
     """A table with `count` rows, linearly between those that there are."""
-    if table.shape[0] == count:
+    if not torch.compiler.is_exporting() and table.shape[0] == count:  # the same numbers, if it is resized
         return table
     return F.interpolate(table.t()[None], size=count, mode="linear")[0].t()
 
@@ -150,9 +150,9 @@ class Block(nn.Module):
     def _windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
         b, h, w, c = x.shape
         if window[0] == window[1]:
-            x = pad_map(x, window[0])
-        else:
-            x = F.pad(x, (0, 0, 0, -w % window[1], 0, -h % window[0]))
+            some = self.attn(to_windows(x, window[0]).view(-1, *window, c))
+            return from_windows(some.reshape(-1, window[0] * window[1], c), (b, h, w), window[0])
+        x = F.pad(x, (0, 0, 0, -w % window[1], 0, -h % window[0]))
         down, across = x.shape[1] // window[0], x.shape[2] // window[1]
         x = x.reshape(b, down, window[0], across, window[1], c).transpose(2, 3)
         x = self.attn(x.reshape(-1, *window, c)).view(b, down, across, *window, c).transpose(2, 3)

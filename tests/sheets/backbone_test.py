@@ -330,6 +330,7 @@ SHALLOW = {
     "hornet_nano_gf": {"depths": (1, 1, 1, 1)},
     "hyena_vit_nano": {"depth": 1},
     "resnet_nano": {"depths": (1, 2, 1, 1)},
+    "sam_vit_nano": {"depth": 3, "global_blocks": (0, 2)},
     "soft_nano": {"depths": (1, 1, 1, 1), "newton_iterations": 5},
     "spartan_nano": {"depths": (1, 0, 0, 1)},
     "swin_nano": {"depths": (2, 2), "num_heads": (2, 4)},
