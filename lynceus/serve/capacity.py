@@ -1,8 +1,9 @@
 """How many machines: a queueing estimate of a server from two measured numbers, to be checked against a measured run.
 
-The server is taken as c equal places (its cores) with one queue: M/G/c, waiting by Erlang's C formula with the
-correction of Allen and Cunneen (Allen, "Probability, Statistics, and Queueing Theory", 1978). What it leaves out:
-stages with queues of their own, and that batches make the work per picture less as the load grows.
+The server is taken as c equal places with one queue: M/G/c, waiting by Erlang's C formula with the correction of Allen
+and Cunneen (Allen, "Probability, Statistics, and Queueing Theory", 1978). How many places it has follows from the two
+numbers by Little's law; cores are not places where one thread runs the model. What it leaves out: stages with queues of
+their own, and that batches make the work per picture less as the load grows.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ def erlang_c(places: int, load: float) -> float:
     return blocked / (1 - load / places * (1 - blocked))
 
 
+def at_once(top: float, alone: float, most: int) -> int:
+    """Requests that a server works on at once when it answers `top` per second and one alone takes `alone` seconds:
+    the product (Little's law), rounded, from 1 to `most`, its cores."""
+    return max(1, min(most, round(top * alone)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
     """A server as the estimate sees it.
 
     top: most answers per second, measured under saturation. alone: seconds of one request with nobody else there.
-    places: requests that are worked on at once, its cores. spread: variation of the work per request (standard
+    places: requests that are worked on at once, see `at_once`. spread: variation of the work per request (standard
     deviation over mean): 1 for exponential, 0 for equal requests.
     """
 

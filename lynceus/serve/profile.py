@@ -23,7 +23,7 @@ from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
 from lynceus.serve import mixes
 from lynceus.serve.breakdown import IMPACT, PAPER, Spans, alone, crowd, queueing, row_of
-from lynceus.serve.capacity import Capacity
+from lynceus.serve.capacity import Capacity, at_once
 from lynceus.serve.config import ServeConfig
 from lynceus.serve.engine import cores
 from lynceus.serve.knee import knee
@@ -299,44 +299,52 @@ class _Run:
             found = self.lone.get(self.middle) or alone(
                 server.url, requests, seconds=self.asked.seconds, header=self.header
             )
-            top = self.throughput(server.url, requests).throughput
-            if top <= 0:
+            tops = [self.throughput(server.url, requests).throughput]
+            if tops[0] <= 0:
                 raise AdviceError("The server answered nothing under load, so its capacity cannot be estimated.")
-            work = found.total - sum(found.seconds.get(n, 0.0) for n in ("wait_preprocess", "wait_batch"))
-            estimate = Capacity(
-                top=top,
-                alone=float(found.client.mean()),
-                places=cores(),
-                spread=float(np.std(work) / max(float(np.mean(work)), 1e-9)),
-            )
+            measured: list[tuple[float, float, float]] = []
             for share in self.asked.rates:
-                rate = share * top
+                rate = share * tops[0]
                 load = Load(rate=rate, duration=2 * self.asked.seconds, warmup=min(2.0, self.asked.seconds / 2))
                 result = run(f"{server.url}/predict", requests, load, header=self.header)
-                mean, p99 = float(result.latency().mean()), result.percentile(99)[0]
-                rows.append(
-                    {
-                        "offered_per_s": rate,
-                        "of the top": share,
-                        "mean_ms": 1e3 * mean,
-                        "estimated mean_ms": 1e3 * estimate.latency(rate),
-                        "p99_ms": 1e3 * p99,
-                        "estimated p99_ms": 1e3 * estimate.percentile(rate, 99),
-                        "mean, estimate over measured": estimate.latency(rate) / mean,
-                    }
-                )
+                measured.append((rate, float(result.latency().mean()), result.percentile(99)[0]))
+            tops.append(self.throughput(server.url, requests).throughput)
+        top = sum(tops) / 2  # before and after: what else the machine does changes meanwhile
+        work = found.total - sum(found.seconds.get(n, 0.0) for n in ("wait_preprocess", "wait_batch"))
+        lone = float(found.client.mean())
+        estimate = Capacity(
+            top=top,
+            alone=lone,
+            places=at_once(top, lone, cores()),
+            spread=float(np.std(work) / max(float(np.mean(work)), 1e-9)),
+        )
+        for rate, mean, p99 in measured:
+            rows.append(
+                {
+                    "offered_per_s": rate,
+                    "of the top": rate / top,
+                    "mean_ms": 1e3 * mean,
+                    "estimated mean_ms": 1e3 * estimate.latency(rate),
+                    "p99_ms": 1e3 * p99,
+                    "estimated p99_ms": 1e3 * estimate.percentile(rate, 99),
+                    "mean, estimate over measured": estimate.latency(rate) / mean,
+                }
+            )
         limit = max(5 * estimate.alone, 0.1)
         part = Report(
             name=f"Capacity: a queueing estimate beside what was measured, {self.middle} pictures",
             rows=rows,
             summary={
                 "top_per_s": top,
+                "top_per_s, after over before": tops[1] / tops[0],
+                "places": float(estimate.places),
                 "alone_ms": 1e3 * estimate.alone,
                 f"per machine with p99 under {1e3 * limit:.0f} ms": estimate.rate_for(limit),
             },
             notes=[
-                f"M/G/{estimate.places} from two numbers, the top throughput and the time of a lone request; see "
-                "lynceus.serve.capacity. Latency counts from when a request was due (Poisson arrivals)."
+                f"M/G/{estimate.places} from two numbers, the top throughput and the time of a lone request, whose "
+                "product is how many requests are worked on at once; see lynceus.serve.capacity. Latency counts from "
+                "when a request was due (Poisson arrivals)."
             ],
         )
         report.parts.append(part)

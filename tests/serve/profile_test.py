@@ -18,7 +18,7 @@ from lynceus.core.nouns import Check
 from lynceus.core.subject import Subject
 from lynceus.core.types import Sample
 from lynceus.serve import mixes
-from lynceus.serve.capacity import Capacity, erlang_c
+from lynceus.serve.capacity import Capacity, at_once, erlang_c
 from lynceus.serve.chain_curve import GRID, ChainCurve, frame, squares
 from lynceus.serve.config import ServeConfig
 from lynceus.serve.profile import PARTS, Profile, jpegs, tensors
@@ -154,6 +154,14 @@ def test_the_estimate_agrees_with_a_simulated_queue(places, load, spread):
     estimate = Capacity(top=top, alone=places / top, places=places, spread=spread)
     found = waited[count // 10 :].mean()
     assert estimate.waiting(load * top) == pytest.approx(found, rel=0.25, abs=0.02 * places / top)
+
+
+def test_places_are_what_is_worked_on_at_once_not_cores():
+    for places in (1, 2, 4):
+        assert at_once(100.0, places / 100, most=4) == places
+    assert at_once(68.0, 0.0164, most=4) == 1  # one thread runs the model, whatever the cores
+    assert at_once(10.0, 0.001, most=4) == 1
+    assert at_once(1000.0, 0.1, most=4) == 4
 
 
 def test_the_estimate_plans_machines():
