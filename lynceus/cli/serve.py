@@ -51,9 +51,17 @@ def main(argv: Sequence[str]) -> int:
         )
     chain = None if options.pipeline is None else read_chain(options.pipeline)
     stop = threading.Event()
+    serving = False
+
+    def told(*_: object) -> None:
+        stop.set()
+        if not serving:  # there is nothing to answer yet
+            raise KeyboardInterrupt("stopped before it served.")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, told)
     server = serve(chain, config=config)
+    serving = True
     try:
         if not options.quiet:
             names = ", ".join(server.labels)

@@ -134,6 +134,7 @@ class Fleet(Engine):
             stdout=subprocess.PIPE,
             text=True,
             env=env,
+            process_group=0,  # Ctrl-C is for this process, which tells its workers when to end
         )
         own = replace(
             c,
@@ -385,6 +386,8 @@ class Fleet(Engine):
             if worker.process is not None and worker.process.stdin is not None:
                 with contextlib.suppress(OSError):
                     worker.process.stdin.close()
+            if worker.process is not None and not worker.ready.is_set():
+                worker.process.kill()  # it holds nothing, and hears nothing while it imports
         limit = time.monotonic() + 10
         for process in processes:
             try:

@@ -231,6 +231,25 @@ def test_redis_gives_a_silent_consumers_messages_to_another(redis_server):
     assert all(d.attempt > 1 for d in got)
 
 
+def test_redis_looks_for_silent_consumers_in_every_topic(redis_server):
+    broker = open_broker(redis_server.url + "?namespace=n&lease_ms=4000")
+    for topic in ("jobs", "suspects"):
+        broker.publish(topic, [b"x"])
+        assert len(broker.consume(topic, "silent", wait_s=1)) == 1
+    import redis
+
+    client = redis.Redis(port=redis_server.port)
+    for topic in ("jobs", "suspects"):  # as if it had been silent for five seconds
+        key = f"lynceus:n:{topic}"
+        identity = client.xpending_range(key, "lynceus", "-", "+", 1)[0]["message_id"]
+        client.xclaim(key, "lynceus", "silent", 0, [identity], idle=5000, justid=True)
+    other = open_broker(broker.address)
+    assert [d.body for d in other.consume("jobs", "other", wait_s=0.01)] == [b"x"]
+    assert [d.body for d in other.consume("suspects", "other", wait_s=0.01)] == [b"x"]
+    other.close()
+    broker.close()
+
+
 def test_a_log_outlives_its_process_and_a_torn_end(tmp_path):
     address = f"file:{tmp_path}"
     one = open_broker(address)

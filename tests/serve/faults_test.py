@@ -353,6 +353,21 @@ def test_sigterm_answers_what_is_there_and_ends(toys_folder):
         assert server.wait(10) == 0
 
 
+def test_ctrl_c_while_a_worker_loads_is_one_line(saved, tmp_path):
+    command = [*COMMAND, f"m={saved}", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text().split():
+        assert process.poll() is None
+        time.sleep(0.01)
+    (worker,) = map(int, children.read_text().split())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said == "lynceus serve: stopped before it served.\n"
+    assert not alive(worker)
+
+
 def test_workers_answer_as_offline_and_do_not_outlive_their_parent(saved, classifier, files, tmp_path):
     with started([f"m={saved}", "--workers", "1"], tmp_path) as server:
         found = predict(classifier, files[:10], quiet=True)

@@ -6,6 +6,7 @@ survives a kill of the server. While Redis is away every call raises DownError; 
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -44,7 +45,7 @@ class RedisBroker:
         )
         self._client = redis.Redis.from_url(plain, socket_timeout=10, socket_connect_timeout=2)
         self._known: set[str] = set()
-        self._swept = 0.0
+        self._swept: dict[str, float] = {}  # when each topic was last looked through for silent consumers
         self._lock = threading.Lock()
         self._held: dict[tuple[str, str], set[Any]] = {}  # by topic and consumer: handed out here, not acknowledged
         self._unsure: set[tuple[str, str]] = set()  # whose last reading broke off: the server may have given it more
@@ -123,8 +124,8 @@ class RedisBroker:
             if missed:
                 return missed
         now = time.monotonic()
-        if now - self._swept > self.lease_ms / 4e3:
-            self._swept = now
+        if now - self._swept.get(topic, -math.inf) > self.lease_ms / 4e3:
+            self._swept[topic] = now
             late = self._late(key, consumer, count)
             if late:
                 return late
