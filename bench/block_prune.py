@@ -134,6 +134,7 @@ def quality(
             tries: dict[str, dict[str, Any]] = {
                 "taylor, curves": {},
                 "taylor, curves, no power": {"power": False},
+                "taylor, curves, tokens": {"cost": "tokens"},
                 "taylor, curves, measured ms": {"cost": "measured"},
                 "taylor, uniform": {"spread": "uniform"},
                 "L1, uniform": {"ranking": "magnitude", "spread": "uniform"},
