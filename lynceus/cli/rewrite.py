@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tyro.conf import Positional
 
-from lynceus.cli._models import open_model, twin_of
-from lynceus.cli._run import run_folder, show
+from lynceus.cli._models import is_name, open_model, size_of, twin_of
+from lynceus.cli._run import call, run_folder, show
 from lynceus.cli._schema import merged, one_of, parse, with_options
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from lynceus.cli.train import difference_of
+from lynceus.core.errors import AdviceError
 
 JUDGES = 512  # images that `deploy` compares answers on unless --limit says otherwise
 
@@ -92,7 +91,7 @@ class Options:
     data: str | None = None  # images on which before and after are compared
     split: str | None = None  # train, val or test, where the source has them
     limit: int | None = None  # look at this many images
-    size: tuple[int, int] | None = None  # height and width of the example when there is no data
+    size: tuple[int, int] | None = None  # height and width of the example; default: the model's own, else the data's
     batch: int = 8  # images of the example
     weights: Path | None = None  # checkpoint for a model given by name
     seed: int = 0  # of every random choice
@@ -109,97 +108,122 @@ def main(argv: Sequence[str]) -> int:
     options = parse(
         with_options(Options, rewrite=target), rest, prog=f"lynceus rewrite {name}", description=REWRITES[name][1]
     )
-    out = run_folder(options.out, "rewrite", name)
+    if options.batch < 1:
+        raise AdviceError(f"--batch {options.batch}: the example has at least 1 image; 8 is the default.")
+    if options.size is not None and min(options.size) < 1:
+        raise AdviceError(f"--size takes height and width, such as --size 224 224, not {options.size}.")
+    rewrite = merged(options, "rewrite")
     import torch
 
     import lynceus.data
     from lynceus.core.report import Report
     from lynceus.core.rng import generator
+    from lynceus.core.subject import Subject
     from lynceus.gauntlet.compare import compare
     from lynceus.train.checkpoint import save_model
+    from lynceus.train.evaluate import first_images
 
+    if is_name(options.model):
+        torch.manual_seed(options.seed)  # a network without weights begins the same way each time
     model = open_model(options.model, weights=options.weights)
-    rewrite = merged(options, "rewrite")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)
-    inner = getattr(model, "backbone", model)
-    size = (
-        tuple(data[0].image.shape[-2:])
-        if data is not None
-        else options.size or getattr(inner, "input_size", (224, 224))
-    )
-    example = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
-    if data is not None and name != "deploy":
-        example = _pictures(model, data, max(options.batch, getattr(rewrite, "calibration", 0)))
+    looks = max(options.batch, getattr(rewrite, "calibration", 0))
     if name == "deploy":
-        return _deploy(options, model, rewrite, data, example, out)
-    changed = rewrite(model, example)
+        looks = options.limit or JUDGES
+    if data is None:
+        size = size_of(model, options.size)
+        pixels = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
+    else:
+        pixels = first_images(data, model, looks, size=options.size)
+    taken = pixels if data is None and name != "deploy" else Subject(model).prepare(pixels)
+    out = run_folder(_apart(options), "rewrite", name)
+    try:
+        if name == "deploy":
+            changed = rewrite(model, taken[: options.batch], None if data is None else list(taken.split(options.batch)))
+        else:
+            changed = rewrite(model, taken)
+    except BaseException:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
     save_model(changed, out)
-    report = compare(model, changed, data, example[: options.batch], seed=options.seed)
-    if isinstance(getattr(changed, "report", None), Report):
-        report.parts.append(changed.report)
+    twin = _twin(options, REWRITES[name][0], rewrite, out, looks=looks, shape=tuple(pixels.shape))
+    if name == "deploy":
+        report = changed.report
+        if data is not None and options.limit is None and len(pixels) >= JUDGES:
+            report.notes.append(f"The first {len(pixels)} images are judged on; --limit says how many.")
+        after = f"the deployed model: {out}  (lynceus predict {out} PICTURES); on another machine, deploy it anew"
+    else:
+        sized: list[Any] = [model, changed]
+        if data is not None and options.size is not None:
+            sized = [Subject(m, size=options.size, needs_grad=False) for m in sized]
+        report = compare(sized[0], sized[1], data, pixels[: options.batch], seed=options.seed)
+        if data is None and hasattr(rewrite, "calibration"):
+            report.notes.append(
+                f"Without --data, {options.batch} images of noise stood for yours, and the choice was made on them."
+            )
+        if isinstance(getattr(changed, "report", None), Report):
+            report.parts.append(changed.report)
+        after = f"the changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)"
+    show(report, out=out, twin=twin)
+    print(f"\n{after}")
+    return 0
+
+
+def _apart(options: Any) -> Path | None:
+    """--out, where nothing would be lost there or stay in front of what is written."""
+    out: Path | None = options.out
+    if out is None:
+        return None
+    if out.resolve() == Path(options.model).resolve():
+        raise AdviceError(f"--out {out} is the model itself, which stays as it is; give another folder.")
+    trained = [n for n in ("checkpoints", "last.safetensors", "best.safetensors") if (out / n).exists()]
+    if trained:
+        raise AdviceError(
+            f"--out {out} holds a trained model ({trained[0]}), which would be loaded instead of the changed one; "
+            "give another folder."
+        )
+    return out
+
+
+def _twin(options: Any, target: str, rewrite: Any, out: Path, *, looks: int, shape: tuple[int, ...]) -> str:
+    """The Python that does the same, on the same pixels."""
     line, expression = twin_of(options.model, weights=options.weights)
     module, kind = target.split(":")
-    source = (
-        "None"
-        if options.data is None
-        else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
-    )
-    twin = (
-        f"import torch\nimport lynceus.data\n{line}\nfrom {module} import {kind}\n"
-        "from lynceus.gauntlet.compare import compare\nfrom lynceus.train.checkpoint import save_model\n\n"
-        f"model, example = {expression}, torch.rand({options.batch}, 3, {size[0]}, {size[1]})\n"
-        f"changed = {rewrite!r}(model, example)\nsave_model(changed, {str(out)!r})\n"
-        f"print(compare(model, changed, {source}, example).table())"
-    )
-    show(report, out=out, twin=twin)
-    print(f"\nthe changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)")
-    return 0
-
-
-def _pictures(model: nn.Module, data: Any, count: int) -> Tensor:
-    """The first `count` images, sized as the model takes them."""
-    import torch
-
-    from lynceus.core.subject import Subject
-    from lynceus.train.evaluate import batches
-
-    subject, parts, seen = Subject(model), [], 0
-    for batch in batches(data, subject, count):
-        parts.append(subject.prepare(batch.image))
-        seen += len(batch)
-        if seen >= count:
-            break
-    return torch.cat(parts)[:count]
-
-
-def _deploy(options: Any, model: nn.Module, rewrite: Any, data: Any, example: Tensor, out: Path) -> int:
-    """Measures on the images themselves, and shows everything that was tried."""
-    from lynceus.core.subject import Subject
-    from lynceus.train.checkpoint import save_model
-    from lynceus.train.evaluate import batches
-
-    subject, images, seen = Subject(model), None, 0
-    if data is not None:
-        images = []
-        for batch in batches(data, subject, options.batch):
-            images.append(subject.prepare(batch.image))
-            seen += len(batch)
-            if options.limit is None and seen >= JUDGES:
-                break
-    first = next((b for b in images or () if len(b) == options.batch), None)
-    changed = rewrite(model, subject.prepare(example) if first is None else first, images)
-    save_model(changed, out)
-    if options.limit is None and seen >= JUDGES:
-        changed.report.notes.append(f"The first {seen} images are judged on; --limit says how many.")
-    line, expression = twin_of(options.model, weights=options.weights)
-    shape = tuple(example.shape if first is None else first.shape)
-    twin = (
-        f"import torch\n{line}\nfrom lynceus.rewrite.deploy import Deploy\n"
-        "from lynceus.train.checkpoint import save_model\n\n"
-        f"# images: your own, in batches as the model takes them\n"
-        f"fast = {rewrite!r}({expression}, torch.rand{shape!r}, images=None)\n"
-        f"save_model(fast, {str(out)!r})\nprint(fast.report.table())"
-    )
-    show(changed.report, out=out, twin=twin)
-    print(f"\nthe deployed model: {out}  (lynceus predict {out} PICTURES); on another machine, deploy it anew")
-    return 0
+    deploy, data = kind == "Deploy", options.data is not None
+    saves = "from lynceus.train.checkpoint import save_model"
+    if line.startswith("from lynceus.train.checkpoint import"):
+        line, saves = saves.replace("import", "import load_model,"), ""
+    fresh = is_name(options.model)
+    imports = ["import lynceus.data"] if data else []
+    imports += ["import torch"] if fresh or not data else []
+    imports += [line, f"from {module} import {kind}", saves]
+    imports += [] if data else ["from lynceus.core.rng import generator"]
+    imports += ["from lynceus.core.subject import Subject"] if data or deploy else []
+    imports += ["from lynceus.train.evaluate import first_images"] if data else []
+    imports += [] if deploy else ["from lynceus.gauntlet.compare import compare"]
+    lines = sorted({i for i in imports if i}, key=lambda i: (i.startswith("from"), i))
+    lines += ["", *([f"torch.manual_seed({options.seed})"] if fresh else []), f"model = {expression}"]
+    size = "" if options.size is None else f", size={tuple(options.size)!r}"
+    if data:
+        more = call("lynceus.data.open", options.data, split=options.split, limit=options.limit)
+        lines += [f"data = {more}", f"pixels = first_images(data, model, {looks}{size})"]
+    else:
+        lines += [f'pixels = torch.rand({", ".join(map(str, shape))}, generator=generator({options.seed}, "example"))']
+    taken = "Subject(model).prepare(pixels)" if data or deploy else "pixels"
+    if deploy:
+        lines += [f"images = {taken}"]
+        judged = f"list(images.split({options.batch}))" if data else "None"
+        lines += [f"changed = {difference_of(rewrite)}(model, images[:{options.batch}], {judged})"]
+    else:
+        lines += [f"changed = {difference_of(rewrite)}(model, {taken})"]
+    lines += [f"save_model(changed, {str(out)!r})"]
+    if deploy:
+        lines += ["print(changed.report.table())"]
+    else:
+        part = "pixels" if shape[0] <= options.batch else f"pixels[:{options.batch}]"
+        both = "model, changed"
+        if data and size:
+            both = f"*(Subject(m{size}) for m in (model, changed))"
+        lines += [f"print(compare({both}, {'data' if data else 'None'}, {part}, seed={options.seed}).table())"]
+    return "\n".join(lines)

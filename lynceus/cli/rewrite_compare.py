@@ -46,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
             "Name the model and what rewrites made of it, two or more: "
             f"lynceus rewrite compare {options.models[0] if options.models else 'RUN'} runs/rewrite/swap --data DATA."
         )
+    for name in ("batch", "repeats"):
+        if getattr(options, name) < 1:
+            raise AdviceError(f"--{name} is at least 1, not {getattr(options, name)}.")
+    if options.size is not None and min(options.size) < 1:
+        raise AdviceError(f"--size takes height and width, such as --size 224 224, not {options.size}.")
     models = opened(options.models)
     out = run_folder(options.out, "rewrite", "compare")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)

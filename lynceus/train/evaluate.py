@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError
 from lynceus.core.plots import confusion, image_grid, lines
@@ -142,6 +143,25 @@ def batches(data: Any, subject: Any, size: int) -> Iterator[Batch]:
         waiting.append(sample)
     if waiting:
         yield _stack(waiting)
+
+
+def first_images(data: Any, model: Any, count: int, *, size: tuple[int, int] | None = None) -> Float[Tensor, "b 3 h w"]:
+    """RGB in [0, 1] of the first `count` images of `data`, or all where there are fewer, in one size: `size`, else the
+    one that `model` (a module or Subject) was trained for, else that of the first image."""
+    subject = model if isinstance(model, Subject) else Subject(model, needs_grad=False)
+    wanted = size or getattr(getattr(subject.model, "task", None), "size", None) or subject.size
+    parts: list[Tensor] = []
+    for batch in batches(data, subject, count):
+        part = batch.pixels()
+        wanted = wanted or (int(part.shape[-2]), int(part.shape[-1]))
+        if tuple(part.shape[-2:]) != tuple(wanted):
+            part = nn.functional.interpolate(part, wanted, mode="bilinear", antialias=True, align_corners=False)
+        parts.append(part[: count - sum(map(len, parts))])
+        if sum(map(len, parts)) >= count:
+            break
+    if not parts:
+        raise AdviceError("There is no image to look at: the data is empty.")
+    return torch.cat(parts)
 
 
 def _stack(waiting: list[Sample]) -> Batch:

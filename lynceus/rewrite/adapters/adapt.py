@@ -165,8 +165,18 @@ def adapt(
                     )  # fmt: skip
                     found.setdefault(key, one.adapter.prototypes)
                 count += 1
+    full_rank = max(
+        (min(m.rows.shape[-1], m.cols.shape[-2]) for m in made.modules() if isinstance(m, LowRank)), default=0
+    )
+    if kind == "splora" and full_rank and rank > max(full_rank, RANK):
+        raise AdviceError(
+            f"rank={rank} is more than any layer of {type(model).__name__} has (at most {full_rank}): adapters would "
+            f"be larger than the weights beside them. rank={min(8, full_rank)} is a usual one."
+        )
     if not count:
-        why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "there is none of its kind"
+        why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or (
+            f"no name is found by {names!r}" if names else "there is none of its kind"
+        )
         raise AdviceError(f"No layer of {type(model).__name__} can take {kind} adapters ({why}).")
     _learn_small(made)
     inner: Any = getattr(made, "backbone", made)

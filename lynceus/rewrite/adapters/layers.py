@@ -29,7 +29,7 @@ CONVS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 def resolved_rank(rank: int | float, outside: int) -> int:
     """Rank of an adapter: a whole number, or a share below 1 of the outputs, rounded; at least 1."""
-    if not rank > 0:
+    if not 0 < rank < math.inf or (rank > 1 and rank != round(rank)):
         raise AdviceError(f"rank is a whole number from 1, or a share of the outputs in (0, 1), not {rank}.")
     return max(1, round(outside * rank) if rank < 1 else round(rank))
 

@@ -211,6 +211,6 @@ def candidates(model: nn.Module, block: tuple[int, int], layers: str, exclude: s
         raise AdviceError(
             f"There is nothing to prune in {type(model).__name__} by blocks of {block[0]} x {block[1]}, "
             f"layers={layers!r}, exclude={exclude!r}. "
-            + (f"Its layers are {known}; take a smaller block." if able else "It has no linear layer.")
+            + (f"Its layers are {known}; take a smaller block, or other names." if able else "It has no linear layer.")
         )
     return fit
