@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +13,23 @@ from lynceus.core.errors import AdviceError
 
 if TYPE_CHECKING:
     from lynceus.core.report import Report
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it, SIGTERM ends the verb as Ctrl-C does, so that the servers that it started end and leave nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("stopped.")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_folder(out: Path | None, verb: str, name: str, *, resume: bool = False) -> Path:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from lynceus.cli._run import call, run_folder, show
+from lynceus.cli._run import call, run_folder, show, stoppable
 from lynceus.cli._schema import parse
 from lynceus.core.errors import AdviceError
 
@@ -37,6 +37,7 @@ class Options:
     out: Path | None = None  # folder for report.html and report.json
 
 
+@stoppable()
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="lynceus load")
     if options.rate is not None and options.concurrency is not None:

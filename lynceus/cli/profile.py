@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from lynceus.cli._run import run_folder, show
+from lynceus.cli._run import run_folder, show, stoppable
 from lynceus.cli._schema import merged, parse, with_options
 from lynceus.core.errors import AdviceError
 
@@ -36,6 +36,7 @@ class Options:
     out: Path | None = None  # folder for report.html and report.json; default: runs/profile/MODEL
 
 
+@stoppable()
 def main(argv: Sequence[str]) -> int:
     options = parse(with_options(Options, config="lynceus.serve.config:ServeConfig"), argv, prog="lynceus profile")
     if options.chain:

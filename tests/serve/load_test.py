@@ -3,8 +3,12 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +209,23 @@ def test_kept_answers_come_whole_from_an_unbuffered_process(monkeypatch, tmp_pat
         result = run(url, SMALL, Load(concurrency=1, duration=0.5, warmup=0.0), keep=40)
     assert len(result.bodies) > 1
     assert set(result.bodies) == {body}
+
+
+def test_load_processes_end_with_the_one_that_started_them():
+    code = "import sys\nfrom lynceus.serve.load import *\n"
+    code += "run(sys.argv[1], [Request(body=b'x')], Load(concurrency=1, duration=60))"
+    with stub(lambda *_: ok()) as (url, seen):
+        parent = subprocess.Popen([sys.executable, "-c", code, url])
+        while seen["requests"] < 3:
+            assert parent.poll() is None
+            time.sleep(0.01)
+        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.kill()
+        parent.wait()
+        limit = time.monotonic() + 10
+        while (left := Path(f"/proc/{child}/stat")).exists() and left.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < limit
+            time.sleep(0.01)
 
 
 def test_what_is_wrong_is_said_before_anything_is_sent():

@@ -2,6 +2,11 @@
 
 import io
 import math
+import re
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -201,6 +206,24 @@ def test_the_chain_is_measured_for_each_link():
         assert row["memory, frames_per_s"] > 0
     assert "0: " in report.answer
     assert "frames_by_objects.plotly" in report.figures
+
+
+def test_the_redis_of_a_chain_ends_with_the_one_that_started_it():
+    code = "import time\nfrom lynceus.serve.chain_curve import redis_server\n"
+    code += "with redis_server() as url: print(url, flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    port = int(re.search(r":(\d+)/", parent.stdout.readline())[1])
+    socket.create_connection(("127.0.0.1", port)).close()
+    parent.kill()
+    parent.communicate()
+    limit = time.monotonic() + 10
+    refused = False
+    while not refused and time.monotonic() < limit:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionError:
+            refused = True
+    assert refused
 
 
 @pytest.mark.slow
