@@ -7,7 +7,6 @@ first and goes to the network only when told: download=True. `push_folder` and `
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from lynceus.backbones._base import Backbone
 from lynceus.backbones._table import family_module, variants
 from lynceus.core.config import from_dict, to_dict
 from lynceus.core.errors import AdviceError, MissingError, unknown
+from lynceus.core.files import write_atomic
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -45,7 +45,7 @@ def save_pretrained(model: Backbone, folder: str | Path, *, licence: str | None 
             (CONFIG, described.encode()),
             (CARD, card(model, licence, text).encode()),
         ):
-            _write(folder / name, data)
+            write_atomic(folder / name, data)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise AdviceError(
             f"The model cannot be written to {folder.resolve()}: {error.strerror}; give another folder."
@@ -267,15 +267,6 @@ def _weights(folder: Path, model: Backbone) -> dict[str, Tensor]:
 def _untied(model: Backbone) -> dict[str, Tensor]:
     """The state with memory of its own for every entry: tied weights are written twice."""
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_repository(name: str) -> None:

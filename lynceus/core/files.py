@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 def write_atomic(path: Path, fill: Callable[[Any], None] | bytes | str) -> Path:
     """Writes a file beside it, fsync, replace: a kill at any moment leaves either the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident():x}.part")
     try:
         with open(part, "wb") as file:
             if callable(fill):

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from lynceus.core.environment import environment as environment
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.files import write_atomic
 from lynceus.core.rows import change, compare, number, text_table
 
 
@@ -136,11 +136,8 @@ class Report:
         """Writes report.json and report.html into `folder`; returns the path of the page."""
         folder = Path(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, text in (("report.json", self.json()), ("report.html", self.html())):
-                part = folder / f".{name}.part"
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, folder / name)
+                write_atomic(folder / name, text)
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise AdviceError(f"The report cannot be written to {folder.resolve()}: {error.strerror}.") from None
         return folder / "report.html"

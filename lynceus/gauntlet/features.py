@@ -8,8 +8,6 @@ penultimate vector of any subject, or any inner layer by its module name.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.identity import image_key, model_key
 from lynceus.core.progress import progress
 from lynceus.core.subject import Subject
@@ -94,7 +93,6 @@ class FeatureCache:
         if self.folder is None or space.startswith("object-"):
             return
         folder = self.folder / space
-        folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
         data = save(
             {
@@ -102,10 +100,7 @@ class FeatureCache:
                 "vectors": np.ascontiguousarray(vectors),
             }
         )
-        handle, part = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(part, folder / f"{name}.safetensors")
+        write_atomic(folder / f"{name}.safetensors", data)
 
 
 class _Found(Exception):

@@ -10,7 +10,6 @@ name made of what decides them. A run that was interrupted, at any moment, goes 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.progress import progress
 from lynceus.core.report import Report, environment
 from lynceus.gauntlet.course import STATIONS, Context, measure, stations
@@ -261,14 +261,8 @@ def run_job(job: Job) -> int:
         }
         if station == "accuracy" and curve[0]:
             cell["curve"] = curve
-        _write(cells / f"{job.keys[station]}.json", cell)
+        write_atomic(cells / f"{job.keys[station]}.json", json.dumps(cell, indent=1))
     return len(missing)
-
-
-def _write(path: Path, cell: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(cell, indent=1))
-    os.replace(part, path)
 
 
 def divide(data: Any, config: GauntletConfig, entries: Sequence[Entry]) -> tuple[Any, Any]:

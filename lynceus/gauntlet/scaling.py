@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from lynceus.core.config import digest, to_dict
 from lynceus.core.errors import AdviceError
+from lynceus.core.files import write_atomic
 from lynceus.core.plots import lines
 from lynceus.core.progress import progress
 from lynceus.core.report import Report, environment
@@ -278,10 +278,7 @@ def _read(folder: Path | None, key: str) -> dict[str, Any] | None:
 def _write(folder: Path | None, key: str, cell: Cell, result: dict[str, Any]) -> None:
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{key}.{os.getpid()}.part"
-    part.write_text(json.dumps({"cell": to_dict(cell), "result": result}, default=float))
-    os.replace(part, folder / f"{key}.json")
+    write_atomic(folder / f"{key}.json", json.dumps({"cell": to_dict(cell), "result": result}, default=float))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ import torch
 from lynceus.backbones._table import family_module
 from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.reengineer.claims import CLAIMS, PROTOCOL, UNMEASURED
 from lynceus.reengineer.parity import FAMILIES, check_record, read_record
 
@@ -79,12 +79,9 @@ class Card:
     def save(self, folder: str | Path, name: str) -> tuple[Path, Path]:
         """Writes NAME.md and NAME.json (atomically)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         paths = folder / f"{name}.md", folder / f"{name}.json"
         for path, text in zip(paths, (self.markdown(), self.json())):
-            part = path.with_name(f".{path.name}.part")
-            part.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-            os.replace(part, path)
+            write_atomic(path, text if text.endswith("\n") else text + "\n")
         return paths
 
 
@@ -256,9 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{family}: {len(made.checked)} records, {len(made.counts)} variants" + "".join(f"\n  {w}" for w in wrong)
         )
     if given.checked is not None:
-        part = given.checked.with_name(f".{given.checked.name}.part")
-        part.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, given.checked)
+        write_atomic(given.checked, json.dumps(listed, indent=1) + "\n")
     return int(bool(bad))
 
 

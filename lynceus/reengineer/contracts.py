@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from lynceus.backbones import FAMILIES, create_model
 from lynceus.core.errors import unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.progress import progress
 
 AXES = ("batch", "height", "width")
@@ -183,9 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table[family] = measured(f"{family}_nano", backend=given.backend)
             table = {k: table[k] for k in sorted(table) if k in FAMILIES}
             made = {"torch": torch.__version__.partition("+")[0], "sizes": SIZES, "families": table}
-            part = given.out.with_name(f".{given.out.name}.part")
-            part.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, given.out)
+            write_atomic(given.out, json.dumps(made, indent=1) + "\n")
             bar.advance(family=family)
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lynceus.core.files import write_atomic
 from lynceus.core.report import Report
 
 PACKAGES = (
@@ -108,11 +109,7 @@ def compare(first: Mapping[str, str] | str | Path, second: Mapping[str, str] | s
 
 def save(path: str | Path) -> Path:
     """Writes a snapshot as JSON."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(snapshot(), indent=1), encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_atomic(Path(path), json.dumps(snapshot(), indent=1))
 
 
 def _read(given: Mapping[str, str] | str | Path | None) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lynceus.core.errors import AdviceError, MissingError
+from lynceus.core.files import write_atomic
 from lynceus.core.report import Report
 from lynceus.reengineer import env
 from lynceus.reengineer.filling import filled, fingerprint, gap, image
@@ -53,11 +53,7 @@ def record(
         "parameters": sum(p.numel() for p in function.parameters()) if isinstance(function, nn.Module) else None,
         "environment": env.snapshot(),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_atomic(Path(path), json.dumps(made, indent=1))
     return made
 
 

@@ -6,7 +6,6 @@ as rules (YAML), so that the next load is deterministic.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lynceus.core.account import Account
 from lynceus.core.errors import AdviceError, MissingError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.names import depth, similarity, strip_wrappers, tokens
 from lynceus.core.rules import MANY, SIZED, TRANSFORMS, Rule, match
 
@@ -93,11 +93,7 @@ def save_rules(rules: Sequence[Rule], path: str | Path) -> Path:
             )
         row = {"pattern": rule.pattern, "name": rule.name}
         rows.append(row | ({"transform": rule.transform} if rule.transform else {}))
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(yaml.safe_dump({"rules": rows}, sort_keys=False), encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_atomic(Path(path), yaml.safe_dump({"rules": rows}, sort_keys=False))
 
 
 def load_rules(path: str | Path) -> list[Rule]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lynceus.core.errors import AdviceError, MissingError, unknown
+from lynceus.core.files import write_atomic
 from lynceus.core.guard import fitted
 from lynceus.core.progress import progress
 from lynceus.core.types import Sample, as_float
@@ -158,9 +159,7 @@ def _opened(target: Path, options: dict[str, Any]) -> tuple[Path, list[str]]:
 
 
 def _note(target: Path, options: dict[str, Any], done: list[str]) -> None:
-    part = target / f".{MANIFEST}.part"
-    part.write_text(json.dumps({**options, "done": done}, indent=1), encoding="utf-8")
-    os.replace(part, target / MANIFEST)
+    write_atomic(target / MANIFEST, json.dumps({**options, "done": done}, indent=1))
 
 
 def _batches(dataset: Dataset, side: int | None, batch_size: int) -> Iterator[tuple[int, list[Sample], Tensor]]:
