@@ -107,12 +107,17 @@ class RelativeAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = None
         if self.relative:
-            cells = q.unflatten(2, (h, w))
-            rows = torch.einsum("bghwc,hkc->bghwk", cells, relative(self.rel_pos_h, h))
-            columns = torch.einsum("bghwc,wkc->bghwk", cells, relative(self.rel_pos_w, w))
+            cells, down, across = q.unflatten(2, (h, w)), relative(self.rel_pos_h, h), relative(self.rel_pos_w, w)
+            if torch.compiler.is_exporting():  # einsum folds axes, which ties the free sizes to each other
+                cells = cells.clone(memory_format=torch.contiguous_format)
+                rows = cells @ down.transpose(1, 2)
+                columns = (cells.transpose(2, 3) @ across.transpose(1, 2)).transpose(2, 3)
+            else:
+                rows = torch.einsum("bghwc,hkc->bghwk", cells, down)
+                columns = torch.einsum("bghwc,wkc->bghwk", cells, across)
             bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return linear(self.proj, y.transpose(1, 2).reshape(b, h, w, c))
+        return linear(self.proj, y.transpose(1, 2).reshape(b, h * w, c)).view(b, h, w, c)
 
 
 def relative(table: Float[Tensor, "n c"], size: int) -> Float[Tensor, "q k c"]:
