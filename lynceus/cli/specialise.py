@@ -44,17 +44,17 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.recipes.specialise import specialise
     from lynceus.rewrite.adapters import Adapt
 
+    method, fitting = real(options.method), real(options.fit)
+    adapter = None
+    if not options.fine_tune:
+        rank = int(options.rank) if float(options.rank).is_integer() else options.rank
+        adapter = Adapt(kind=options.kind, rank=rank, full=options.full, seed=fitting.seed)
     base = open_model(str(options.base.resolve()))
     dataset = lynceus.data.open(options.data, limit=options.limit)
     out = run_folder(options.out, "specialise", options.base.name, resume=options.resume)
     if not options.fit.quiet:
         print(f"data: {dataset!r}\nrun folder: {out.resolve()}\n")
     (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
-    method, fitting = real(options.method), real(options.fit)
-    rank = options.rank if options.rank < 1 else round(options.rank)
-    adapter = None
-    if not options.fine_tune:
-        adapter = Adapt(kind=options.kind, rank=rank, full=options.full, seed=fitting.seed)
     made, report = specialise(
         base, dataset, adapter=adapter, config=method, fitting=fitting, held_out=options.val, preset=options.preset,
         out=out, resume=options.resume,

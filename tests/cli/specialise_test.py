@@ -51,3 +51,10 @@ def test_mistakes_are_told(base, capsys):
     assert "has no adapters to fuse" in capsys.readouterr().err
     assert main(["rewrite", "prune_channels", "base", "--ratio", "1.5", "--size", "8", "8", "--out", "no"]) == 2
     assert "0.7 leaves 30%" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_none_is_told_before_anything_is_written(base, tmp_path, capsys):
+    for rank in ("1.5", "0", "-1"):
+        assert main(["train", "specialise", "digits", "--base", "base", "--rank", rank, "--out", "no"]) == 2
+        assert "rank is a whole number" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
