@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
 
 def chain(options: Any) -> int:
     """The chain experiment."""
+    if len(options.models) > 1:
+        raise AdviceError("--chain takes one model, the second of the two; its detector is generated.")
     out = run_folder(options.out, "profile", "chain")
     sys.path.insert(0, str(Path.cwd()))
     from lynceus.serve.chain_curve import LINKS, ChainCurve

@@ -61,6 +61,11 @@ def test_sigterm_ends_what_measures_as_ctrl_c_does():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_chain_takes_one_model(capsys):
+    assert main(["profile", "--chain", "resnet_nano", "resnet_micro"]) == 2
+    assert "--chain takes one model" in capsys.readouterr().err
+
+
 def test_misspelt_options_name_the_nearest(capsys):
     with pytest.raises(SystemExit) as end:
         main(["serve", "resnet_nano", "--max-bach", "2"])
