@@ -104,7 +104,7 @@ def compare_all(
         notes += _short_of_macs(name, subject, rows[first], rows[name], example)
     figures = {}
     if all("accuracy" in r for r in rows.values()) and len(rows) > 2:
-        figures["accuracy against time"] = plots.scatter(
+        figures["accuracy against time.plotly"] = plots.scatter(
             [r["milliseconds"] for r in rows.values()],
             [r["accuracy"] for r in rows.values()],
             labels=list(rows),
