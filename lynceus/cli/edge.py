@@ -32,9 +32,12 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="lynceus edge")
+    from lynceus.core.errors import AdviceError
     from lynceus.rewrite.split import Plan
     from lynceus.serve.edge import EdgeConfig, deploy
 
+    if not 1 <= options.batch <= 256 or options.repeats < 0:
+        raise AdviceError(f"--batch is 1 to 256 and --repeats is 0 or more; not {options.batch} and {options.repeats}.")
     plan = Plan.load(options.folder)
     for name in options.kill:
         plan.on(name)

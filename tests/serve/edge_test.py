@@ -356,6 +356,12 @@ def test_payloads_are_never_unpickled():
         wire.said(b"\x80\x04")
 
 
+@pytest.mark.parametrize("wrong", [("--batch", "0"), ("--batch", "257"), ("--repeats", "-1")])
+def test_the_command_line_refuses_impossible_numbers(folder, capsys, wrong):
+    assert main(["edge", str(folder), "digits", *wrong]) == 2
+    assert "--batch is 1 to 256 and --repeats is 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.slow  # three more processes
 def test_the_command_line_runs_a_plan_and_kills_a_device(folder, tmp_path, capsys):
     argv = ["edge", str(folder), "digits", "--limit", "6", "--batch", "3", "--kill", "pi2", "--repeats", "0"]

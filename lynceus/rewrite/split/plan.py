@@ -188,8 +188,8 @@ class Plan:
             **self.measured,
         }
         notes = [
-            "ms is the latency model of the device: FLOPs / speed + bytes / rate + the link's delay both ways. Speeds "
-            "are those given; Cluster.calibrated() measures them.",
+            "ms is the latency model of the device: FLOPs / speed + bytes / rate + the link's delay both ways + "
+            "overhead. Speeds are those given; Cluster.calibrated() measures them.",
             f"Energy is a model, not a measurement: joules per 10^9 FLOPs, for {self.budget.samples} images.",
         ]
         idle = [d.name for d in self.devices if d not in self.used]
