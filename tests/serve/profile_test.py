@@ -26,6 +26,7 @@ from lynceus.serve import mixes
 from lynceus.serve.capacity import Capacity, at_once, erlang_c
 from lynceus.serve.chain_curve import GRID, ChainCurve, frame, squares
 from lynceus.serve.config import ServeConfig
+from lynceus.serve.engine import cores
 from lynceus.serve.profile import PARTS, Profile, jpegs, tensors
 
 
@@ -81,7 +82,10 @@ def test_all_parts(tmp_path):
     ]
     assert places[0]["impact"] == 0
     capacity = found["Capacity"]
-    assert capacity.rows[0]["offered_per_s"] == pytest.approx(0.5 * capacity.summary["top_per_s"])
+    said = capacity.summary
+    before = 2 * said["top_per_s"] / (1 + said["top_per_s, after over before"])
+    assert capacity.rows[0]["offered_per_s"] == pytest.approx(0.5 * before)
+    assert said["places"] == at_once(said["top_per_s"], said["alone_ms"] / 1e3, most=cores())
     assert capacity.rows[0]["estimated mean_ms"] >= capacity.summary["alone_ms"]
     assert report.save(tmp_path).is_file()
 
