@@ -1,13 +1,14 @@
 """Backbones as folders and hub repositories: written, read back, never executed, no network unless told."""
 
 import json
+import os
 import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lynceus.backbones import Backbone, _hub, create_model
+from lynceus.backbones import Backbone, create_model
 from lynceus.backbones._hub import load_pretrained, local_folder, push_folder, save_pretrained
 from lynceus.backbones.pyramid import Pyramid
 from lynceus.core.errors import AdviceError, MissingError, OptionError
@@ -153,7 +154,7 @@ def test_a_failed_write_leaves_the_old_model(folder, monkeypatch):
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_hub.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
         create_model("resnet_nano", num_classes=3).save_pretrained(folder)
     assert ((folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes()) == before
