@@ -117,7 +117,10 @@ class RelativeAttention(nn.Module):
                 columns = torch.einsum("bghwc,wkc->bghwk", cells, across)
             bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return linear(self.proj, y.transpose(1, 2).reshape(b, h * w, c)).view(b, h, w, c)
+        y = y.transpose(1, 2)
+        if torch.compiler.is_exporting():
+            y = y.clone(memory_format=torch.contiguous_format)
+        return linear(self.proj, y.reshape(b, h * w, c)).view(b, h, w, c)
 
 
 def relative(table: Float[Tensor, "n c"], size: int) -> Float[Tensor, "q k c"]:
