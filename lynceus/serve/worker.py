@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from lynceus.serve.metrics import Metrics
 from lynceus.serve.pipeline import Pipeline
 from lynceus.serve.spans import Trace
 
+TOGETHER = 32  # answers that go to the broker at once
 LOOK_S = (20.0, 0.05)  # between looks at suspects: of a worker in its first life, and of one that was started again
 
 
@@ -58,8 +60,11 @@ class Consumer:
         self._room = threading.Condition()
         self._held = 0
         self._stop = False
+        self._replies: queue.SimpleQueue[tuple[str, Any, bytes] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"lynceus-consumer-{name}", daemon=True)
+        self._replier = threading.Thread(target=self._send, name=f"lynceus-replier-{name}", daemon=True)
         self._thread.start()
+        self._replier.start()
 
     def _run(self) -> None:
         touched = looked = time.monotonic()
@@ -141,10 +146,35 @@ class Consumer:
 
     def _reply(self, topic: str, delivery: Any, key: str, outcome: Answer | Refused, trace: Trace) -> None:
         message = pack_answer(key, outcome, trace, time.monotonic_ns())
-        self._down(lambda: self.broker.publish("replies", [message]))
-        self._ack(topic, delivery)
+        if self._held > 1:  # the rest of its batch comes right after it: one way to the broker for all
+            self._replies.put((topic, delivery, message))
+        else:
+            self._send_all([(topic, delivery, message)])
+
+    def _send(self) -> None:
+        while (first := self._replies.get()) is not None:
+            found = [first]
+            while len(found) < TOGETHER and not self._replies.empty():
+                more = self._replies.get()
+                if more is None:
+                    self._replies.put(None)
+                    break
+                found.append(more)
+            self._send_all(found)
+
+    def _send_all(self, found: list[tuple[str, Any, bytes]]) -> None:
+        """Answers before acknowledgements: a kill between them answers twice, and the front takes the first."""
+        messages = [message for _, _, message in found]
+        try:
+            self.broker.publish("replies", messages)
+        except (DownError, FullError):
+            for message in messages:  # there may be room for some
+                self._down(lambda message=message: self.broker.publish("replies", [message]))
+        for topic in dict.fromkeys(topic for topic, _, _ in found):
+            keys = [delivery for of, delivery, _ in found if of == topic]
+            self._down(lambda topic=topic, keys=keys: self.broker.ack(topic, keys))
         with self._room:
-            self._held -= 1
+            self._held -= len(found)
             self._room.notify_all()
 
     def _down(self, work: Any) -> None:
@@ -161,9 +191,12 @@ class Consumer:
                 wait = min(0.5, wait * 2)
 
     def close(self) -> None:
-        """Takes nothing more; what is held is answered by the pipeline's own closing."""
+        """Takes nothing more, lets the pipeline answer what is held, and sends that."""
         self._stop = True
         self._thread.join(timeout=5)
+        self.pipeline.close()
+        self._replies.put(None)
+        self._replier.join(timeout=5)
 
 
 # as a process --------------------------------------------------------------------------------------
@@ -191,7 +224,6 @@ def _listen(told: dict[str, Any], out: Any) -> None:
         if "stop" in words:
             if pipeline is not None:
                 state["consumer"].close()
-                pipeline.close()
             break
         if pipeline is None:
             continue

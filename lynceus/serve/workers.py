@@ -367,7 +367,6 @@ class Fleet(Engine):
         self._end_processes()
         if self._inside is not None:
             self._inside.close()
-            self._inside.pipeline.close()
         for thread in self._threads:
             thread.join(timeout=5)
         forget = getattr(self.broker, "forget", None)
