@@ -10,9 +10,16 @@ import time
 
 import numpy as np
 import pytest
+from serve_kit import encode, picture
 
 from lynceus.core.errors import AdviceError
+from lynceus.serve import Pipeline, ServeConfig
 from lynceus.serve.brokers import Broker, DownError, FullError, open_broker
+from lynceus.serve.brokers.memory import MemoryBroker
+from lynceus.serve.engine import Job
+from lynceus.serve.links import pack_job, unpack_answer
+from lynceus.serve.spans import Trace
+from lynceus.serve.worker import Consumer
 
 KINDS = ("memory", "shared", "redis", "file")
 
@@ -322,3 +329,35 @@ def test_a_full_disk_is_told_and_the_log_goes_on_when_there_is_room(tmp_path, mo
 def test_mistakes_are_answered(address):
     with pytest.raises(AdviceError):
         open_broker(address)
+
+
+def test_answers_that_do_not_fit_together_go_one_by_one(classifier):
+    class Narrow(MemoryBroker):
+        refused = 0
+
+        def publish(self, topic, bodies):
+            if topic == "replies" and len(bodies) > 1:
+                self.refused += 1
+                raise FullError("one at a time")
+            super().publish(topic, bodies)
+
+    broker, pipeline = Narrow(slots=64), Pipeline(ServeConfig(max_batch=8), classifier)
+    model = pipeline.registry.find()
+    late = time.monotonic_ns() + 60 * 10**9
+    jobs = []
+    for i in range(40):
+        job = Job(encode(picture(40, 50, i)), model, Trace(id=str(i)), late, print, False)
+        job.key = f"k{i}"
+        jobs.append(pack_job(job, time.monotonic_ns()))
+    broker.publish("jobs", jobs)
+    consumer = Consumer(broker, pipeline, "one")
+    found = []
+    limit = time.monotonic() + 30
+    while len(found) < 40 and time.monotonic() < limit:
+        taken = broker.consume("replies", "front", count=64, wait_s=0.1)
+        found += [unpack_answer(d.body, time.monotonic_ns())[0] for d in taken]
+        broker.ack("replies", [d.key for d in taken])
+    consumer.close()
+    assert sorted(found) == sorted(f"k{i}" for i in range(40))
+    assert broker.depth("jobs") == (0, 0)
+    assert broker.refused > 0
