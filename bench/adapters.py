@@ -38,8 +38,8 @@ LEFT = (0.5, 0.3, 0.1)
 MULTIPLES = (1, 8, 16)  # of channels, in the speed part
 METHODS: dict[str, tuple[Adapt | None, float]] = {  # with its learning rate
     "SPLoRA r8": (Adapt(rank=8), 2e-2),
-    "SPLoRA r32": (Adapt(rank=32), 2e-2),
-    "SPPaRA": (Adapt(kind="sppara"), 1e-2),
+    "SPLoRA r32": (Adapt(rank=32), 1e-2),
+    "SPPaRA": (Adapt(kind="sppara"), 2e-2),
     "fine-tuning": (None, 8e-3),
 }
 
