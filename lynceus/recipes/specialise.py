@@ -12,6 +12,7 @@ fine-tuning and pruning is measured by `python -m bench.adapters`.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import tempfile
@@ -22,9 +23,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lynceus.core.config import to_dict
+from lynceus.core.config import differences, to_dict
 from lynceus.core.cost import cost
 from lynceus.core.errors import AdviceError
+from lynceus.core.files import write_atomic
+from lynceus.core.identity import model_key
 from lynceus.core.plots import lines
 from lynceus.core.progress import progress
 from lynceus.core.report import Report, environment
@@ -41,6 +44,7 @@ from lynceus.tasks.classify import Classify, resized
 from lynceus.train.checkpoint import describe_model, load_model, save_model
 from lynceus.train.evaluate import Evaluate
 from lynceus.train.fit import FitConfig, fit
+from lynceus.train.guard import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +173,17 @@ def specialise(
         model = adapter(start, _example(start, train)[:2])
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / f"left-{round(100 * v):02d}" for v in config.left]
+    if folder is not None and len(set(places)) < len(places):
+        raise AdviceError(f"left={config.left} names folders by whole percents, of which two are the same.")
     there = [p for p in places if p is not None and (p / "adapted" / "model.safetensors").is_file()]
     if there and not resume:
         raise AdviceError(f"{there[0].resolve()} is there already. Go on with it: resume=True; or give another `out`.")
+    if folder is not None:
+        _same_run(folder, bool(there), {
+            "base": model_key(Subject(base, needs_grad=False)),
+            "adapter": adapter, "config": config, "fitting": fitting, "preset": preset,
+            "data": train.fingerprint(), "held_out": test.fingerprint(),
+        })  # fmt: skip
     made: list[Special] = []
     rows: list[dict[str, Any]] = []
     whole = dependencies(model, _example(model, train, 2)).channels
@@ -180,29 +192,56 @@ def specialise(
             f"No channel of this model can be pruned with {adapter.kind if adapter else 'all weights'}; splopa adapts "
             "blocks for block pruning, so take kind='splora' or 'sppara', or left=(1.0,)."
         )
-    with progress("specialising", total=len(config.left), unit="densities", quiet=fitting.quiet) as bar:
-        for number, (density, place) in enumerate(zip(config.left, places)):
-            done = place in there
-            if done:
-                model = load_model(place / "adapted")  # type: ignore[operator]
-                if adapter is None:
-                    model.requires_grad_(True)
-            else:
-                at = 10_000 * number
-                if number == 0 and config.before:
-                    _train(model, train, views, fitting, config.before, at, schedule="constant")
-                model = _down_to(model, train, views, config, fitting, density * whole, at)
-                _train(model, train, views, fitting, config.finish, at + 9_999, schedule="cosine")
-            special, row = _finished(model, density, dense, train, test, fitting)
-            made.append(special)
-            rows.append(row)
-            if place is not None and not done:
-                save_model(special.fused, place)
-                if special.delta is not None:
-                    special.delta.save(place / "delta.safetensors")
-                save_model(special.model, place / "adapted")
-            bar.advance(accuracy=row["accuracy"], left=f"{density:.0%}")
+    try:
+        with progress("specialising", total=len(config.left), unit="densities", quiet=fitting.quiet) as bar:
+            for number, (density, place) in enumerate(zip(config.left, places)):
+                done = place in there
+                if done:
+                    model = load_model(place / "adapted")  # type: ignore[operator]
+                    if adapter is None:
+                        model.requires_grad_(True)
+                else:
+                    at = 10_000 * number
+                    if number == 0 and config.before:
+                        _train(model, train, views, fitting, config.before, at, schedule="constant")
+                    model = _down_to(model, train, views, config, fitting, density * whole, at)
+                    _train(model, train, views, fitting, config.finish, at + 9_999, schedule="cosine")
+                special, row = _finished(model, density, dense, train, test, fitting)
+                if place is not None and not done:
+                    save_model(special.fused, place)
+                    if special.delta is not None:
+                        special.delta.save(place / "delta.safetensors")
+                    save_model(special.model, place / "adapted")
+                made.append(special)
+                rows.append(row)
+                bar.advance(accuracy=row["accuracy"], left=f"{density:.0%}")
+    except KeyboardInterrupt:
+        where = "nothing was saved, since specialise had no `out` folder"
+        if folder is not None:
+            again = f"specialise(..., out={str(folder)!r}, resume=True), or the same command with --resume"
+            where = f"go on with {again}"
+        raise Interrupted(f"Stopped with {len(made)} of {len(config.left)} densities finished; {where}.") from None
     return made, _report(rows, adapter, folder)
+
+
+# what decides no result
+HARMLESS = tuple(f"fitting.{n}:" for n in ("quiet", "workers", "log_every", "save_every", "evaluate_every", "device"))
+
+
+def _same_run(folder: Path, begun: bool, now: dict[str, Any]) -> None:
+    """Keeps what decides the result in the folder; raises where the finished densities in it were made otherwise."""
+    file, now = folder / "run.json", json.loads(json.dumps(to_dict(now)))
+    if begun and file.is_file():
+        then = json.loads(file.read_text(encoding="utf-8"))
+        left = min(len(then["config"]["left"]), len(now["config"]["left"]))  # further densities may be asked for
+        short = [{**v, "config": {**v["config"], "left": list(v["config"]["left"])[:left]}} for v in (then, now)]
+        changes = [line for line in differences(short[0], short[1]) if not line.startswith(HARMLESS)]
+        if changes:
+            raise AdviceError(
+                f"The densities in {folder.resolve()} were made with other options; changed (then -> now): "
+                f"{'; '.join(changes[:5])}. Give the old ones, or another `out`."
+            )
+    write_atomic(file, json.dumps(now, indent=2))
 
 
 def for_classes(base: nn.Module, data: Dataset, *, seed: int = 0) -> tuple[Any, bool]:

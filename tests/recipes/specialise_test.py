@@ -1,6 +1,7 @@
 """Specialise: from one base to small models of another task, density by density; resumed, and refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_every_density_is_kept_and_the_base_stays(digits, tmp_path):
     assert report.rows[1]["macs"] < report.rows[0]["macs"]
     with pytest.raises(AdviceError, match="resume=True"):
         specialise(model, digits, adapter=Adapt(rank=2), config=SHORT, fitting=FIT, out=tmp_path)
-    more = SpecialiseConfig(left=(0.6, 0.4, 0.3), step=0.3, before=0.2, between=0.1, finish=0.3)
+    more = replace(SHORT, left=(0.6, 0.4, 0.3))
     again, _ = specialise(model, digits, adapter=Adapt(rank=2), config=more, fitting=FIT, out=tmp_path, resume=True)
     assert torch.equal(again[1].fused(x), made[1].fused(x))
     assert torch.equal(apply_delta(model, Delta.load(tmp_path / "left-30"))(x), again[2].fused(x))
@@ -82,3 +83,34 @@ def test_lengths_are_said_once(digits):
         specialise(base(), digits, fitting=FitConfig(epochs=3))
     with pytest.raises(AdviceError, match="takes a trained predictor"):
         specialise(lynceus.create_model("resnet_nano"), digits)
+
+
+def test_ctrl_c_says_how_to_go_on_and_what_is_finished_is_of_one_run(digits, tmp_path, monkeypatch):
+    """Training stands still here, so that only the ways in and out are run."""
+    trained = []
+
+    def train(model, *args, **options):
+        trained.append(args)
+        if len(trained) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lynceus.recipes.specialise._train", train)
+    options = {"adapter": Adapt(rank=2), "config": replace(SHORT, importance="l1"), "fitting": FIT}
+    stop = 3  # before the first density, at its end, then at the end of the second
+    with pytest.raises(KeyboardInterrupt, match=r"1 of 2 densities finished; go on with .*resume=True"):
+        specialise(base(), digits, **options, out=tmp_path / "run")
+    for changes in ({"fitting": replace(FIT, seed=1)}, {"adapter": Adapt(rank=4)}):
+        with pytest.raises(AdviceError, match=r"other options.*(seed|rank)"):
+            specialise(base(), digits, **{**options, **changes}, out=tmp_path / "run", resume=True)
+    stop = 0
+    options["fitting"] = replace(FIT, workers=1)  # which decides nothing
+    made, _ = specialise(base(), digits, **options, out=tmp_path / "run", resume=True)
+    unbroken, _ = specialise(base(), digits, **options, out=tmp_path / "unbroken")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(made[1].fused(x), unbroken[1].fused(x))
+
+
+def test_two_densities_of_one_folder_are_refused(digits, tmp_path):
+    config = SpecialiseConfig(left=(0.104, 0.1))
+    with pytest.raises(AdviceError, match="whole percents"):
+        specialise(base(), digits, config=config, fitting=FIT, out=tmp_path)
