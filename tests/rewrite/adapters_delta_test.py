@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lynceus
@@ -167,3 +168,27 @@ def test_no_delta_without_adapters(tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(AdviceError, match=r"not a whole \.safetensors"):
         Delta.load(tmp_path / "half.safetensors")
+
+
+def test_a_damaged_delta_is_told(tmp_path):
+    base = predictor()
+    whole = delta(task_model(base, 1, Adapt(rank=2)))
+    lost = next(n for n in whole.state if n.endswith("adapter.cols"))
+    without = {n: v for n, v in whole.state.items() if n != lost}
+    with pytest.raises(AdviceError, match=lost):
+        apply_delta(base, Delta(state=without, about=whole.about))
+    for change, said in (
+        (Delta(state={n: v for n, v in whole.state.items() if n != "mask.0"}, about=whole.about), r"lacks mask\.0"),
+        (Delta(state=whole.state, about={"format": 1}), "lacks adapt"),
+        (Delta(state=whole.state, about={**whole.about, "format": "one"}), "damaged"),
+    ):
+        with pytest.raises(AdviceError, match=said):
+            Delta.load(change.save(tmp_path))
+    noise = {"about": torch.arange(9, dtype=torch.uint8)}
+    save_file(noise, tmp_path / "noise.safetensors", metadata={"format": "lynceus-delta"})
+    with pytest.raises(AdviceError, match="damaged"):
+        Delta.load(tmp_path / "noise.safetensors")
+    file = whole.save(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdviceError, match="not a whole"):
+        Delta.load(file)

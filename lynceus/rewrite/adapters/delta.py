@@ -31,6 +31,8 @@ from lynceus.rewrite.swap import rewrites_of
 FORMAT = 1
 ABOUT = "about"  # the plain values, as compressed JSON: names of parameters repeat themselves
 LARGEST = 2**24  # bytes of it that are read
+NEEDED = ("adapt", "masks", "counts", "widths", "parameters", "base")
+ANEW = "copy it again, or write it anew with delta(model).save(FILE)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,18 @@ class Delta:
             raise AdviceError(
                 f"{file} is no delta; delta(model).save(FILE) writes one. A whole model is load_model({str(file)!r})."
             )
-        text = zlib.decompressobj().decompress(state.pop(ABOUT).numpy().tobytes(), LARGEST)
-        about = json.loads(text)
-        if about.get("format", 0) > FORMAT:
+        try:
+            text = zlib.decompressobj().decompress(state.pop(ABOUT).numpy().tobytes(), LARGEST)
+            about = dict(json.loads(text))
+            newer = int(about.get("format", 0)) > FORMAT
+        except (zlib.error, ValueError, TypeError):
+            raise AdviceError(f"{file.resolve()} is a damaged delta: {ANEW}") from None
+        if newer:
             raise AdviceError(f"{file} was written by a newer lynceus; upgrade: pip install -U lynceus")
+        lacking = [k for k in NEEDED if k not in about]
+        lacking += [f"mask.{k}" for k in range(len(about.get("masks", ()))) if f"mask.{k}" not in state]
+        if lacking:
+            raise AdviceError(f"{file.resolve()} is a damaged delta, it lacks {', '.join(lacking)}: {ANEW}")
         return Delta(state=state, about=about)
 
 
@@ -189,6 +199,11 @@ def apply_delta(base: nn.Module, change: Delta, *, fused: bool = True) -> nn.Mod
             p.requires_grad_(flags[name])
         settle(made, plan.widths)
         sign(made, plan)
+    lacking = [n for n, p in made.named_parameters() if p.requires_grad and n not in change.state]
+    if lacking:
+        raise AdviceError(
+            f"The delta lacks {len(lacking)} of the learned tensors, such as {lacking[0]}; it is damaged: {ANEW}"
+        )
     _learned(made, change)
     made.eval()
     return Fuse()(made) if fused else made
