@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from lynceus.cli._models import open_model, size_of
-from lynceus.cli._run import run_folder, show
+from lynceus.cli._run import call, run_folder, show
 from lynceus.cli._schema import parse
+from lynceus.cli.rewrite import REWRITES
 from lynceus.core.errors import AdviceError
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     import lynceus.data
     from lynceus.core.rng import generator
     from lynceus.gauntlet.compare import compare_all
+    from lynceus.train.evaluate import first_images
 
     if len(set(options.models)) < 2:
         raise AdviceError(
@@ -55,28 +58,61 @@ def main(argv: Sequence[str]) -> int:
     out = run_folder(options.out, "rewrite", "compare")
     data = None if options.data is None else lynceus.data.open(options.data, split=options.split, limit=options.limit)
     first = next(iter(models.values()))
-    size = options.size or (tuple(data[0].image.shape[-2:]) if data is not None else size_of(first))
-    example = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
+    if data is None:
+        size = size_of(first, options.size)
+        example = torch.rand(options.batch, 3, *size, generator=generator(options.seed, "example"))
+    else:
+        example = first_images(data, first, options.batch, size=options.size)
     report = compare_all(models, data, example, repeats=options.repeats, seed=options.seed)
-    source = (
-        "None"
-        if options.data is None
-        else f"lynceus.data.open({options.data!r}, split={options.split!r}, limit={options.limit!r})"
-    )
-    twin = (
-        "import torch\nimport lynceus.data\nfrom lynceus.cli.rewrite_compare import opened\n"
-        "from lynceus.gauntlet.compare import compare_all\n\n"
-        f"models = opened({list(options.models)!r})\n"
-        f"print(compare_all(models, {source}, torch.rand{tuple(example.shape)!r}, repeats={options.repeats}).table())"
-    )
-    show(report, out=out, twin=twin)
+    show(report, out=out, twin=_twin(options, tuple(example.shape)))
     return 0
 
 
+def _twin(options: Options, shape: tuple[int, ...]) -> str:
+    """The Python that compares the same models on the same images."""
+    lines = ["from lynceus.cli.rewrite_compare import opened", "from lynceus.gauntlet.compare import compare_all"]
+    made = [f"models = opened({list(options.models)!r})"]
+    if options.data is None:
+        lines = ["import torch", "from lynceus.core.rng import generator", *lines]
+        drawn = f'generator=generator({options.seed}, "example")'
+        made += ["data = None", f"example = torch.rand({', '.join(map(str, shape))}, {drawn})"]
+    else:
+        lines = ["import lynceus.data", *lines, "from lynceus.train.evaluate import first_images"]
+        source = call("lynceus.data.open", options.data, split=options.split, limit=options.limit)
+        size = "" if options.size is None else f", size={tuple(options.size)!r}"
+        first = f"next(iter(models.values())), {options.batch}{size}"
+        made += [f"data = {source}", f"example = first_images(data, {first})"]
+    more = f"repeats={options.repeats}, seed={options.seed}"
+    return "\n".join(
+        [
+            *sorted(lines, key=lambda i: (i.startswith("from"), i)),
+            "",
+            *made,
+            f"print(compare_all(models, data, example, {more}).table())",
+        ]
+    )
+
+
+# what signs a model in place of the rewrite that looked at data
+PLANS = {"KeptBlocks": "block_prune", "KeepChannels": "prune_channels"}
+
+
 def opened(names: Sequence[str]) -> dict[str, nn.Module]:
-    """The models by the shortest names that tell them apart."""
+    """The models by names that tell them apart: of their folders, and of what was done to them."""
+    from lynceus.rewrite.swap import rewrites_of
+
     made: dict[str, nn.Module] = {}
     for name in names:
+        model = open_model(name)
         short = Path(name).name or name
-        made[short if short not in made else name] = open_model(name)
+        steps = [_verb(type(r).__name__) for r in rewrites_of(model)]
+        if steps and steps[-1] not in short:  # runs/rewrite/swap-2 says it already
+            short = f"{short} ({', '.join(steps)})"
+        made[short if short not in made else name] = model
     return made
+
+
+def _verb(kind: str) -> str:
+    """The name in `lynceus rewrite NAME` of the class that signed a model."""
+    known = {target.partition(":")[2]: name for name, (target, _) in REWRITES.items()}
+    return PLANS.get(kind) or known.get(kind) or re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()

@@ -1,6 +1,7 @@
 """Models beside each other: what is measured, and what the command line makes of it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lynceus.gauntlet.compare import compare, compare_all
 from lynceus.rewrite.swap import Swap
 from lynceus.tasks.classify import Classify
 from lynceus.train.checkpoint import save_model
+from lynceus.train.evaluate import first_images
 
 
 def classifier(name="resnet_nano"):
@@ -74,10 +76,21 @@ def test_the_command_compares_run_folders(tmp_path, capsys):
     model = classifier("vit_nano")
     save_model(model, tmp_path / "plain")
     save_model(Swap(mixer="hyena")(model, torch.rand(1, 3, 32, 32)), tmp_path / "swapped")
+    shutil.copytree(tmp_path / "swapped", tmp_path / "2")
     names = [str(tmp_path / "plain"), str(tmp_path / "swapped")]
     out = ["--data", "digits", "--limit", "20", "--repeats", "2", "--out", str(tmp_path / "out")]
     assert main(["rewrite", "compare", *names, *out]) == 0
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     assert [r["model"] for r in rows] == ["plain", "swapped"]
     assert "swapped" in capsys.readouterr().out
+    assert main(["rewrite", "compare", names[0], str(tmp_path / "2"), *out]) == 0
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["plain", "2 (swap)"]
+    assert list(rows[1])[2:4] == ["accuracy", "agreement"]  # seen without scrolling
+    twin = capsys.readouterr().out.split("the same in Python:")[1]
+    lines = [line[4:] for line in twin.splitlines() if line.startswith("    ")]
+    space = {}
+    exec("\n".join([*lines[:-1], "made = " + lines[-1].removeprefix("print(").replace(".table())", "")]), space)
+    assert torch.equal(space["example"], first_images(lynceus.data.open("digits", limit=20), model, 8))
+    assert [r.get("accuracy") for r in space["made"].rows] == [r["accuracy"] for r in rows]
     assert main(["rewrite", "compare", names[0]]) == 2
