@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
@@ -15,6 +15,11 @@ from lynceus.cli._run import call, run_folder, show
 from lynceus.cli._schema import merged, one_of, parse, with_options
 from lynceus.cli.train import difference_of
 from lynceus.core.errors import AdviceError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lynceus.core.report import Report
 
 JUDGES = 512  # images that `deploy` compares answers on unless --limit says otherwise
 
@@ -116,10 +121,8 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import lynceus.data
-    from lynceus.core.report import Report
     from lynceus.core.rng import generator
     from lynceus.core.subject import Subject
-    from lynceus.gauntlet.compare import compare
     from lynceus.train.checkpoint import save_model
     from lynceus.train.evaluate import first_images
 
@@ -147,27 +150,48 @@ def main(argv: Sequence[str]) -> int:
             out.rmdir()
         raise
     save_model(changed, out)
+    try:
+        report = _measured(
+            options, name=name, model=model, changed=changed, data=data, pixels=pixels,
+            guessed=data is None and hasattr(rewrite, "calibration"),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the changed model is in {out}, measured it is not.") from None
     twin = _twin(options, REWRITES[name][0], rewrite, out, looks=looks, shape=tuple(pixels.shape))
     if name == "deploy":
-        report = changed.report
-        if data is not None and options.limit is None and len(pixels) >= JUDGES:
-            report.notes.append(f"The first {len(pixels)} images are judged on; --limit says how many.")
         after = f"the deployed model: {out}  (lynceus predict {out} PICTURES); on another machine, deploy it anew"
     else:
-        sized: list[Any] = [model, changed]
-        if data is not None and options.size is not None:
-            sized = [Subject(m, size=options.size, needs_grad=False) for m in sized]
-        report = compare(sized[0], sized[1], data, pixels[: options.batch], seed=options.seed)
-        if data is None and hasattr(rewrite, "calibration"):
-            report.notes.append(
-                f"Without --data, {options.batch} images of noise stood for yours, and the choice was made on them."
-            )
-        if isinstance(getattr(changed, "report", None), Report):
-            report.parts.append(changed.report)
         after = f"the changed model: {out}  (lynceus predict {out} PICTURES, lynceus check accuracy {out} DATA)"
     show(report, out=out, twin=twin)
     print(f"\n{after}")
     return 0
+
+
+def _measured(
+    options: Any, *, name: str, model: nn.Module, changed: Any, data: Any, pixels: Tensor, guessed: bool
+) -> Report:
+    """The report of before and after. guessed: the rewrite chose on noise."""
+    from lynceus.core.report import Report
+    from lynceus.core.subject import Subject
+    from lynceus.gauntlet.compare import compare
+
+    report: Report
+    if name == "deploy":
+        report = changed.report
+        if data is not None and options.limit is None and len(pixels) >= JUDGES:
+            report.notes.append(f"The first {len(pixels)} images are judged on; --limit says how many.")
+        return report
+    sized: list[Any] = [model, changed]
+    if data is not None and options.size is not None:
+        sized = [Subject(m, size=options.size, needs_grad=False) for m in sized]
+    report = compare(sized[0], sized[1], data, pixels[: options.batch], seed=options.seed)
+    if guessed:
+        report.notes.append(
+            f"Without --data, {options.batch} images of noise stood for yours, and the choice was made on them."
+        )
+    if isinstance(getattr(changed, "report", None), Report):
+        report.parts.append(changed.report)
+    return report
 
 
 def _apart(options: Any) -> Path | None:

@@ -72,6 +72,7 @@ def test_a_choice_made_on_noise_is_said(here):
         (["expedite", "vit_nano", "--batch", "0"], "at least 1 image"),
         (["expedite", "vit_nano", "--size", "-3", "7"], "--size 224 224"),
         (["prune_tokens", "resnet_nano"], "no state-space model"),
+        (["prune_tokens", "plain_mamba_nano", "--blocks"], "names no cut"),
         (["adapt", "resnet_nano", "--rank", "1.5"], "whole number"),
         (["adapt", "resnet_nano", "--rank", "100000"], "more than any layer"),
         (["adapt", "resnet_nano", "--names", "nosuch"], "nosuch"),
@@ -105,3 +106,13 @@ def test_first_images_come_in_one_size(here):
 def test_a_rank_that_is_none(rank):
     with pytest.raises(AdviceError, match="whole number"):
         Adapt(rank=rank)
+
+
+def test_ctrl_c_while_it_is_measured_says_where_the_model_is(here, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lynceus.gauntlet.compare.compare", stopped)
+    assert main(["rewrite", "adapt", "base", "--rank", "2", "--out", "new"]) == 130
+    assert capsys.readouterr().err == "lynceus rewrite: interrupted; the changed model is in new, measured it is not.\n"
+    assert (here / "new" / "model.safetensors").is_file()

@@ -51,6 +51,8 @@ class PruneTokens:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
+            if not self.blocks:
+                raise AdviceError("blocks names no cut: --blocks 5 10 15, or leave it out; keep=1 cuts nothing.")
             object.__setattr__(self, "blocks", tuple(sorted({int(i) for i in self.blocks})))
         if not 0 < self.keep <= 1:
             raise AdviceError(f"keep is a share above 0 and up to 1, not {self.keep}; .8 is the authors' choice.")
