@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lynceus.core.errors import AdviceError
+from lynceus.core.files import write_atomic
 
 if TYPE_CHECKING:
     from lynceus.core.report import Report
@@ -51,6 +52,24 @@ def run_folder(out: Path | None, verb: str, name: str, *, resume: bool = False) 
             f"{out.resolve()} cannot be written ({error.strerror}). Choose another folder with --out FOLDER."
         ) from None
     return out
+
+
+@contextmanager
+def options_kept(out: Path, text: str) -> Iterator[None]:
+    """Within it, options.yaml in `out` holds `text`; after a mistake it is what it was, as is a folder made for it."""
+    file = out / "options.yaml"
+    before = file.read_bytes() if file.is_file() else None
+    write_atomic(file, text)
+    try:
+        yield
+    except AdviceError:
+        if before is not None:
+            write_atomic(file, before)
+        else:
+            file.unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+        raise
 
 
 def show(

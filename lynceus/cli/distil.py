@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from lynceus.cli._run import Code, call, run_folder, show
+from lynceus.cli._run import Code, call, options_kept, run_folder, show
 from lynceus.cli._schema import parse, real, skeleton, with_options
 from lynceus.core.config import dump_yaml
 
@@ -40,17 +40,17 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.cli.train import difference_of
     from lynceus.recipes.distil import distil
 
+    method, fitting = real(options.method), real(options.fit)
     student, teacher = (open_model(str(p.resolve())) for p in (options.student, options.teacher))
     dataset = lynceus.data.open(options.data, limit=options.limit)
     out = run_folder(options.out, "distil", options.student.name, resume=options.resume)
     if not options.fit.quiet:
         print(f"data: {dataset!r}\nrun folder: {out.resolve()}\n")
-    (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
-    method, fitting = real(options.method), real(options.fit)
-    _, report = distil(
-        student, teacher, dataset, config=method, fitting=fitting, held_out=options.val, preset=options.preset,
-        out=out, resume=options.resume,
-    )  # fmt: skip
+    with options_kept(out, dump_yaml(options)):
+        _, report = distil(
+            student, teacher, dataset, config=method, fitting=fitting, held_out=options.val, preset=options.preset,
+            out=out, resume=options.resume,
+        )  # fmt: skip
     more = f", limit={options.limit}" if options.limit else ""
     loaded = [Code(f"load_model({str(p)!r})") for p in (options.student, options.teacher)]
     twin = (

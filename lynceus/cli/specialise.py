@@ -10,7 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lynceus.cli._models import open_model
-from lynceus.cli._run import Code, call, run_folder, show
+from lynceus.cli._run import Code, call, options_kept, run_folder, show
 from lynceus.cli._schema import parse, real, skeleton, with_options
 from lynceus.core.config import dump_yaml
 
@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
     out = run_folder(options.out, "specialise", options.base.name, resume=options.resume)
     if not options.fit.quiet:
         print(f"data: {dataset!r}\nrun folder: {out.resolve()}\n")
-    (out / "options.yaml").write_text(dump_yaml(options), encoding="utf-8")
-    made, report = specialise(
-        base, dataset, adapter=adapter, config=method, fitting=fitting, held_out=options.val, preset=options.preset,
-        out=out, resume=options.resume,
-    )  # fmt: skip
+    with options_kept(out, dump_yaml(options)):
+        made, report = specialise(
+            base, dataset, adapter=adapter, config=method, fitting=fitting, held_out=options.val,
+            preset=options.preset, out=out, resume=options.resume,
+        )  # fmt: skip
     more = f", limit={options.limit}" if options.limit else ""
     twin = (
         "import lynceus.data\nfrom lynceus import FitConfig\nfrom lynceus.recipes.specialise import SpecialiseConfig, "

@@ -50,3 +50,14 @@ def test_mistakes_are_told(saved, capsys):
         assert word in capsys.readouterr().err
     assert main(["rewrite", "block_prune", "dense", "--flops", "50"]) == 2
     assert "flops=0.5" in capsys.readouterr().err
+
+
+def test_a_refused_run_changes_nothing_of_the_finished_one(saved, capsys):
+    start = ["train", "distil", "digits", "--student", "dense", "--teacher", "dense", *SHORT, "--out", "tuned"]
+    assert main(start) == 0
+    before = {p.name: p.read_bytes() for p in (saved / "tuned").iterdir() if p.is_file()}
+    for more in ([], ["--resume", "--lr", "0.1"]):
+        assert main([*start, *more]) == 2
+    assert before == {p.name: p.read_bytes() for p in (saved / "tuned").iterdir() if p.is_file()}
+    assert main([*start[:-1], "none", "--val", "1.5"]) == 2
+    assert not (saved / "none").exists()
