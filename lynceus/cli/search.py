@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from lynceus.cli._models import open_model
 from lynceus.cli._run import Code, call, run_folder, show
 from lynceus.cli._schema import one_of, parse, real, with_options
+from lynceus.core.errors import AdviceError
 
 SEARCHES: dict[str, tuple[str, str]] = {
     "policy": (
@@ -49,15 +50,23 @@ def main(argv: Sequence[str]) -> int:
     from lynceus.search.policy import compress, save_policy
     from lynceus.train.checkpoint import save_model
 
+    config, learning, distil = real(options.search), real(options.learning), real(options.distil)
     model = open_model(options.model)
     data = lynceus.data.open(options.data, split=options.split, limit=options.limit)
     out = run_folder(options.out, "search", name, resume=options.out is not None)
-    config, learning, distil = real(options.search), real(options.learning), real(options.distil)
     given = {"remove": options.remove_policy, "shrink": options.shrink_policy}
     policies = {stage: path for stage, path in given.items() if path is not None}
-    made = compress(
-        model, data, config=config, learning=learning, distil=distil, policies=policies, keep=out / "students"
-    )
+    try:
+        made = compress(
+            model, data, config=config, learning=learning, distil=distil, policies=policies, keep=out / "students"
+        )
+    except KeyboardInterrupt:
+        more = f"the students taught so far are kept in {out}; the same command with --out {out} goes on"
+        raise KeyboardInterrupt(f"interrupted; {more}.") from None
+    except AdviceError:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
     save_model(made.student, out)
     for stage, policy in made.policies.items():
         save_policy(policy, out / f"{stage}.safetensors")

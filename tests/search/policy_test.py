@@ -12,8 +12,11 @@ from torch import nn
 
 from bench._trust import digits8, trained
 from bench.policy import layered, learn_to_remove, needy, transfer
+from lynceus import create_model
 from lynceus.cli.__main__ import main
 from lynceus.core.errors import AdviceError
+from lynceus.core.ledger import Ledger
+from lynceus.core.report import Report
 from lynceus.core.rng import borrowed, generator
 from lynceus.core.types import Sample
 from lynceus.rewrite.restructure import Restructure
@@ -35,6 +38,8 @@ from lynceus.search.policy import (
 from lynceus.search.policy.compress import Search
 from lynceus.search.policy.moves import after_removal, after_shrinking, removable, shrinkable
 from lynceus.search.policy.sequences import FACTORS, raw
+from lynceus.tasks.classify import Classify
+from lynceus.train.checkpoint import save_model
 
 NETS = {
     # with the classifier that networks for CIFAR have: torchvision's own has 120 million numbers
@@ -43,6 +48,7 @@ NETS = {
     "resnet34": lambda: torchvision.models.resnet34(num_classes=10),
 }
 QUICK = DistilConfig(epochs=1, final_epochs=2)
+QUIET = PolicyConfig(iterations=1, rollouts=1)
 
 
 def coloured():
@@ -245,6 +251,7 @@ def test_a_search_gives_a_smaller_student(teacher, data, tmp_path):
     assert out.report.summary["parameters"] == size
     assert out.student(torch.rand(2, 3, 8, 8)).shape == (2, 10)
     assert set(out.policies) == {"remove", "shrink"}
+    assert all(name.endswith(".plotly") for name in out.report.figures)  # the page draws figures by this ending
     assert {e["stage"] for e in out.log} >= {"remove", "shrink"}
     assert sum(p.numel() for p in out.plan(teacher).parameters()) == size
     again = compress(teacher, data, config=config, distil=QUICK, keep=tmp_path)
@@ -257,6 +264,33 @@ def test_a_limit_that_no_rollout_keeps_is_kept_by_narrowing(teacher, data):
     config = PolicyConfig(stages=("remove",), iterations=1, rollouts=2, size_limit=5_600)
     out = compress(teacher, data, config=config, distil=QUICK)
     assert sum(p.numel() for p in out.student.parameters()) <= 5_600
+
+
+def test_a_residual_network_is_narrowed_whatever_runs_first_on_its_shortcuts():
+    """Ours runs the shortcut before the branch that decides its width."""
+    net = create_model("resnet_nano", num_classes=10)
+    size = sum(p.numel() for p in net.parameters())
+    reward = Reward(teacher_size=size, teacher_accuracy=0.5, size_limit=size * 9 // 10)
+    search = Search(
+        net, (3, 16, 16), reward, lambda plans: [0.5] * len(plans), config=QUIET, learning=ReinforceConfig()
+    )
+    found = search.narrowest(Restructure(image=(3, 16, 16)))
+    student = found["plan"](net)
+    assert sum(p.numel() for p in student.parameters()) == found["parameters"] <= size * 9 // 10
+    assert student(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", [DistilConfig, ReinforceConfig, PolicyConfig])
+def test_numbers_that_are_none_are_refused(kind):
+    name = {DistilConfig: "lr", ReinforceConfig: "policy_lr", PolicyConfig: "seconds"}[kind]
+    for value in (float("nan"), 0.0, -1.0):
+        with pytest.raises(AdviceError, match="above 0"):
+            kind(**{name: value})
+
+
+def test_a_transformer_is_refused_before_any_search(data):
+    with pytest.raises(AdviceError, match="block_prune"):
+        compress(create_model("vit_nano", num_classes=10), data, config=QUIET, distil=QUICK)
 
 
 def test_a_limit_that_nothing_keeps_is_an_error(teacher, data):
@@ -338,3 +372,32 @@ def test_the_command_line(tmp_path, capsys):
     assert first["times smaller"] > 1
     assert main([*args, "--remove-policy", str(out / "remove.safetensors")]) == 0
     assert main(["check", "accuracy", str(out), "digits", "--limit", "50", "--out", str(tmp_path / "a")]) == 0
+
+
+def test_the_command_line_leaves_nothing_after_a_mistake_and_goes_on_after_ctrl_c(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_model(Classify(num_classes=10).build(create_model("vit_nano")), "vit")
+    save_model(Classify(num_classes=10).build(create_model("resnet_nano")), "net")
+    for model, more in (("vit", []), ("net", ["--workers", "0"]), ("net", ["--lr", "nan"])):
+        assert main(["search", "policy", model, "digits", "--limit", "30", "--out", "out", *more]) == 2
+        assert not (tmp_path / "out").exists()
+    args = ["search", "policy", "net", "digits", "--limit", "200", "--iterations", "2", "--rollouts", "1"]
+    short = ["--stages", "remove", "--epochs", "1", "--final-epochs", "1", "--out"]
+    put, calls = Ledger.put, []
+
+    def stopped(ledger, key, value):
+        calls.append(key)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return put(ledger, key, value)
+
+    monkeypatch.setattr(Ledger, "put", stopped)
+    assert main([*args, *short, "out"]) == 130
+    assert "the same command with --out out goes on" in capsys.readouterr().err
+    monkeypatch.setattr(Ledger, "put", put)
+    assert main([*args, *short, "out"]) == 0
+    assert main([*args, *short, "whole"]) == 0
+    reports = [Report.load(n) for n in ("out", "whole")]
+    assert [r.summary["students taught"] for r in reports] == [1, 2]
+    assert reports[0].rows == reports[1].rows

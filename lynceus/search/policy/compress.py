@@ -91,6 +91,8 @@ class PolicyConfig:
             raise AdviceError(f"size_limit={self.size_limit} is a number of parameters, such as 50000.")
         if self.accuracy_limit is not None and not 0 < self.accuracy_limit <= 1:
             raise AdviceError(f"accuracy_limit={self.accuracy_limit} is a share, such as 0.95.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise AdviceError(f"seconds={self.seconds} is above 0; leave it out for no limit.")
         if self.strategy not in ("reinforce", "random"):
             raise AdviceError(f"strategy={self.strategy!r} is 'reinforce' or 'random'.")
 
@@ -123,6 +125,11 @@ def compress(
     layers = layers_of(teacher, image)
     if not any(l.kind == "Conv2d" for l in layers):
         raise AdviceError(f"{subject.name} has no convolution; these policies make convolutional networks smaller.")
+    if not shrinkable(layers).any() and int(removable(layers).sum()) < 2:
+        raise AdviceError(
+            f"{subject.name} has no layer that these policies may remove or shrink; they are for convolutional "
+            "networks such as resnet_nano. Of a transformer, BlockPrune (lynceus rewrite block_prune) takes weights."
+        )
     softmax = tuple(l.name for l in layers[-1:] if l.kind in ("Softmax", "LogSoftmax"))
     lessons = _lessons(bare(teacher, softmax), inputs, material.labels, c)
     reward = Reward(
@@ -282,9 +289,14 @@ class Search:
                             f"{factor:g}. More iterations give the policies time to learn the limit."
                         )
                         return last
+        if not sizes:
+            raise AdviceError(
+                f"No smaller student of this network could be built: {self.log[-1]['invalid']} Train longer searches "
+                "(iterations, rollouts), or start from another teacher."
+            )
         raise AdviceError(
             f"No student with at most {self.reward.size_limit} parameters was found; the smallest has "
-            f"{min(sizes, default=self.reward.teacher_size)}. Raise size_limit, or start from a narrower teacher."
+            f"{min(sizes)}. Raise size_limit, or start from a narrower teacher."
         )
 
 
@@ -386,8 +398,8 @@ def _report(
         summary=summary,
         notes=notes,
         figures={
-            "mean reward": plots.lines(curves, x_title="iteration", y_title="mean reward of its rollouts"),
-            "students": plots.scatter(
+            "mean reward.plotly": plots.lines(curves, x_title="iteration", y_title="mean reward of its rollouts"),
+            "students.plotly": plots.scatter(
                 [e["parameters"] for e in valid_log],
                 [e["A"] for e in valid_log],
                 groups=[e["stage"] for e in valid_log],

@@ -72,11 +72,12 @@ def narrowed(layers: Sequence[Layer], factor: float) -> tuple[Change, ...]:
 def _changes(layers: Sequence[Layer], factors: Sequence[Sequence[float]]) -> tuple[Change, ...]:
     free = shrinkable(layers)
     widths: dict[int, int] = {}
-    changes: list[Change] = []
     for l, row, able in zip(layers, factors, free.tolist()):
-        k, s, n, p = (f if ok else 1.0 for f, ok in zip(row[1:], able[1:]))
         if able[3]:
-            widths[l.group] = min(l.width, max(int(l.width * n), LEAST))
+            widths[l.group] = min(l.width, max(int(l.width * row[3]), LEAST))
+    changes: list[Change] = []
+    for l, row, able in zip(layers, factors, free.tolist()):  # a shortcut may run before what decides its width
+        k, s, p = (row[i] if able[i] else 1.0 for i in (1, 2, 4))
         width = widths.get(l.group, l.width) if l.group >= 0 else l.width
         kernel = max(int(l.kernel * k), 1)
         padding = int(l.padding * p)

@@ -35,7 +35,7 @@ class ReinforceConfig:
     steps: Literal["iteration", "rollout"] = "iteration"
 
     def __post_init__(self) -> None:
-        if self.policy_lr <= 0 or self.window < 0 or self.advantage not in ("own", "shared"):
+        if not self.policy_lr > 0 or self.window < 0 or self.advantage not in ("own", "shared"):
             raise AdviceError(
                 f"policy_lr={self.policy_lr}, window={self.window}, advantage={self.advantage!r}: the rate is above 0, "
                 "window at least 0 (0: all iterations), advantage 'own' or 'shared'."

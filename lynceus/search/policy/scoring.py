@@ -35,7 +35,7 @@ class DistilConfig:
     labels: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.final_epochs, self.batch) < 1 or self.lr <= 0 or self.weight_decay < 0:
+        if min(self.epochs, self.final_epochs, self.batch) < 1 or not (self.lr > 0 and self.weight_decay >= 0):
             raise AdviceError(
                 f"epochs={self.epochs}, final_epochs={self.final_epochs}, batch={self.batch} are at least 1, "
                 f"lr={self.lr} is above 0 and weight_decay={self.weight_decay} not below."
