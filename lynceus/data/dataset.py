@@ -246,7 +246,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
 
         The same seed gives the same parts. A class of at least as many samples as parts is in every part.
         """
-        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-6:
+        if not fractions or not all(f > 0 for f in fractions) or sum(fractions) > 1 + 1e-6:
             raise AdviceError(f"Shares must be positive and sum to at most 1, e.g. split(0.8, 0.2); got {fractions}.")
         shares = [*fractions] if sum(fractions) > 1 - 1e-6 else [*fractions, 1 - sum(fractions)]
         strata = self.labels if self.labels is not None else np.zeros(len(self), dtype=np.int64)

@@ -91,12 +91,12 @@ class FitConfig:
             raise unknown("precision", self.precision, ("no", "bf16", "fp16"))
         for name in ("epochs", "steps", "seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise AdviceError(f"{name} must be above 0, not {value}.")
         for name in ("batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise AdviceError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise AdviceError(f"lr must be above 0, not {self.lr}; 2e-3 suits AdamW on small networks, 0.1 SGD.")
         if not 0 <= self.warmup < 1:
             raise AdviceError(f"warmup is a share of the run in [0, 1), not {self.warmup}; 5 of 100 epochs are 0.05.")

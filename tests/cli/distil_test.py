@@ -61,3 +61,11 @@ def test_a_refused_run_changes_nothing_of_the_finished_one(saved, capsys):
     assert before == {p.name: p.read_bytes() for p in (saved / "tuned").iterdir() if p.is_file()}
     assert main([*start[:-1], "none", "--val", "1.5"]) == 2
     assert not (saved / "none").exists()
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--lr", "--val"])
+def test_numbers_that_are_none_are_told_and_leave_nothing(saved, capsys, flag):
+    start = ["train", "distil", "digits", "--student", "dense", "--teacher", "dense", "--limit", "60", "--out", "none"]
+    assert main([*start, flag, "nan"]) == 2
+    assert "nan" in capsys.readouterr().err
+    assert not (saved / "none").exists()
