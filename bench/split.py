@@ -53,7 +53,7 @@ def digits() -> Data:
     return x.expand(-1, 3, -1, -1).contiguous(), y, test.expand(-1, 3, -1, -1).contiguous(), known
 
 
-def digits_vit(seed: int, steps: int = 700) -> nn.Module:
+def digits_vit(seed: int, steps: int = 1400) -> nn.Module:
     """6 blocks, width 192, 6 heads on 8x8 digits in patches of 2, with a class token; kept like the other nets."""
     net: dict[str, Any] = {
         "image_size": (8, 8), "patch_size": 2, "dim": 192, "depth": 6, "heads": 6, "class_token": True, "pool": "token",
@@ -66,7 +66,7 @@ def digits_vit(seed: int, steps: int = 700) -> nn.Module:
         model.load_state_dict(load_file(path))
         return model.eval()
     x, y, _, _ = digits()
-    learn(model, x, y, steps, seed=seed, shift=1, lr=1e-3)
+    learn(model, x, y, steps, seed=seed, shift=1, lr=5e-4)
     KEPT.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file(model.state_dict(), part)

@@ -1,7 +1,7 @@
 """Memory that is freed stays with the process: the next batch needs just as much again.
 
 glibc gives large blocks back to the kernel as soon as they are freed, and every batch then pays for its pages again:
-5 to 20 % of the processor time of four workers of MobileNetV3-small. What is kept is bounded by what was once in use together.
+5 to 20 % of the processor time of four workers of MobileNetV3-small. What is kept is bounded by what was once in use.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ HOSTS = {
     "volo": (lambda: lively("volo_nano"), (4, 8), (3, 5), (32, 64)),
     "cvt": (lambda: lively("cvt_nano"), (4, 8), (3, 5), (32, 64)),
     "cvt with class token": (lambda: lively("cvt_nano", class_token=(False, False, True)), (4, 8), (3, 5), (32, 64)),
-    "soft": (lambda: lively("soft_nano", depths=(1, 2, 1, 1)), (8, 16), (6, 11), (32, 64)),
+    "soft": (lambda: lively("soft_nano", depths=(1, 2, 1, 1)), (8, 16), (4, 8), (32, 64)),
     "soft, last stage": (lambda: lively("soft_nano", depths=(1, 1, 1, 2)), (2, 4), (1, 3), (32, 64)),
     "resnas": (lambda: lively("resnas_nano"), (8, 16), (5, 9), (32, 64)),
     "timm": (lambda: lynceus.create_model("timm:test_vit", image_size=(32, 64)).eval(), (2, 4), (2, 2), (32, 64)),
