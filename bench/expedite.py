@@ -164,7 +164,10 @@ def speed(repeats: int) -> None:
 
 def large(repeats: int) -> None:
     net = lynceus.create_model("vit_large", image_size=(640, 640), num_classes=0).eval()
-    models: dict[str, nn.Module] = {"vit_large at 640": net, "alpha 10, 28x28": Expedite(alpha=10, clusters=(28, 28))(net)}
+    models: dict[str, nn.Module] = {
+        "vit_large at 640": net,
+        "alpha 10, 28x28": Expedite(alpha=10, clusters=(28, 28))(net),
+    }
     compared(models, torch.randn(1, 3, 640, 640), repeats)
 
 
